@@ -31,11 +31,11 @@ def key(seed: int, purpose: str, *counters: int) -> int:
     >>> key(0, "order", 1) == key(0, "order", 1), key(0, "order", 1) == key(0, "order", 2)
     (True, False)
     """
-    state = np.uint64(zlib.crc32(purpose.encode()))
+    state = np.asarray(zlib.crc32(purpose.encode()), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for value in (seed, *counters):
-            state = mix(np.asarray((state + _GOLDEN) ^ np.uint64(int(value) & 0xFFFFFFFFFFFFFFFF)))[()]
-    return int(mix(np.asarray(state + _GOLDEN if state < np.uint64(2**63) else state))[()])
+            state = mix((state + _GOLDEN) ^ np.asarray(value & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64))
+    return int(state)
 
 
 def uniform_bits(seed_key: int, ids: torch.Tensor, stream: int = 0) -> np.ndarray:
