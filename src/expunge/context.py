@@ -1,0 +1,68 @@
+"""What a part sees while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge import rng
+from expunge.tasks.base import Batch, Split, Task
+
+
+@dataclass
+class Context:
+    """The running state that objectives, spaces, protections and edits share.
+
+    Attributes:
+        task: Model and data.
+        split: Index sets of the request.
+        seed: Seed of the run; every draw derives from it through :meth:`key`.
+        epoch: 0-based epoch.
+        step: 0-based step within the whole run.
+        epochs: Epochs planned.
+        steps_per_epoch: Steps planned per epoch.
+        augment: Whether training batches are augmented.
+        state: Tensors that belong to the run's state; they are checkpointed and restored by name.
+        notes: Remarks for the manifest.
+    """
+
+    task: Task
+    split: Split
+    seed: int = 0
+    epoch: int = 0
+    step: int = 0
+    epochs: int = 1
+    steps_per_epoch: int = 0
+    position: int = 0
+    augment: bool = False
+    state: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is edited."""
+        return self.task.model
+
+    def key(self, purpose: str, *counters: int) -> int:
+        """A key for draws of one purpose."""
+        return rng.key(self.seed, purpose, *counters)
+
+    def note(self, text: str) -> None:
+        """Record a remark once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def batches(self, role: str, batch_size: int, *, augment: bool = False) -> Iterator[Batch]:
+        """One pass over a role's samples in stored order."""
+        ids = self.split[role]
+        for number, chunk in enumerate(torch.split(ids, batch_size)):
+            yield self.task.load(role, chunk, self.split, augment=self.key("pass augment", number) if augment else None)
+
+    def load(self, role: str, ids: Tensor) -> Batch:
+        """Load the samples of a training step, augmented if the run augments."""
+        return self.task.load(role, ids, self.split, augment=self.key("augment", self.epoch) if self.augment else None)

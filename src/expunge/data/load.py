@@ -1,0 +1,93 @@
+"""From a :class:`DataSpec` to :class:`Splits`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from expunge import files
+from expunge.data.augment import AUGMENT, Augment
+from expunge.data.base import ImageSet, Splits
+from expunge.data.encoded import EncodedImages
+from expunge.data.spec import DataSpec
+from expunge.data.splitting import balanced_prefix, stratified
+from expunge.errors import ConfigError, DataError
+
+IN_MEMORY_BYTES = 2 << 30
+_DOWNLOADED = ("cifar10", "cifar100", "svhn")
+
+
+def load_data(spec: DataSpec) -> Splits:
+    """Load a data set.
+
+    Order of the steps: read, limit, decode, then split off the validation part.
+
+    Raises:
+        ConfigError: A setting is missing or does not apply.
+        DataError: The data are missing, unreadable or inconsistent.
+    """
+    _check(spec)
+    train, test, source = _parts(spec)
+    train = _finished(train, spec, spec.limit)
+    test = _finished(test, spec, spec.test_limit)
+    val = None
+    if spec.val_fraction:
+        rest, held = stratified(train.labels, spec.val_fraction, spec.seed, "validation split")
+        train, val = train.subset(rest), train.subset(held)
+        source += f"; {spec.val_fraction:g} of each class held out for validation, seed {spec.seed}"
+    return Splits(spec.name, train, test, val, source, AUGMENT.get(spec.name, Augment()))
+
+
+def _check(spec: DataSpec) -> None:
+    if spec.name in ("folder", "parquet", "hub") and not spec.path:
+        raise ConfigError(f"data '{spec.name}' needs 'path'")
+    if spec.name == "digits" and spec.path:
+        raise ConfigError("data 'digits' comes with scikit-learn and takes no 'path'")
+    stored = spec.name in ("digits", "cifar100", "svhn") or (spec.name == "cifar10" and not spec.path)
+    if stored:
+        ignored = [k for k in ("resize", "on_bad", "in_memory") if getattr(spec, k) != DataSpec.model_fields[k].default]
+        ignored += ["channels"] if "channels" in spec.model_fields_set else []
+        if ignored:
+            raise ConfigError(f"data '{spec.name}' is not decoded from files, so {ignored} would have no effect")
+    if spec.name in ("folder", "parquet") or (spec.name == "cifar10" and spec.path):
+        folder = Path(str(spec.path)).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"data '{spec.name}': no folder at {folder}; set 'path' to where the data are")
+
+
+def _parts(spec: DataSpec) -> tuple[ImageSet, ImageSet, str]:
+    if spec.name == "digits":
+        from expunge.data.digits import load_digits_splits
+
+        digits = load_digits_splits(spec.seed)
+        return digits.train, digits.test, digits.source
+    if spec.name in _DOWNLOADED and not (spec.name == "cifar10" and spec.path):
+        from expunge.data.torchvision_sets import load_torchvision
+
+        root = Path(spec.path).expanduser() if spec.path else files.cache_dir() / "torchvision"
+        return *load_torchvision(spec.name, root), f"{spec.name} through torchvision"
+    columns = {"image_column": spec.image_column, "label_column": spec.label_column}
+    path = Path(str(spec.path)).expanduser()
+    if spec.name == "hub":
+        from expunge.data.hub import load_hub
+
+        return *load_hub(str(spec.path), spec.decoding(), **columns), f"Hugging Face data set {spec.path}"
+    if spec.name == "folder":
+        from expunge.data.folders import load_folder
+
+        parts = load_folder(path, spec.decoding(), test_fraction=spec.test_fraction, seed=spec.seed)
+        return *parts, f"class folders in {path.name}"
+    from expunge.data.parquet import load_parquet
+
+    return *load_parquet(path, spec.decoding(), **columns), f"Parquet files in {path.name}"
+
+
+def _finished(images: ImageSet, spec: DataSpec, limit: int | None) -> ImageSet:
+    if limit is not None:
+        images = images.subset(balanced_prefix(images.labels, limit))
+    if not isinstance(images, EncodedImages):
+        return images
+    small = len(images) * math.prod(images.shape) <= IN_MEMORY_BYTES
+    if spec.in_memory if spec.in_memory is not None else small:
+        return images.cached() if spec.cache else images.in_memory()
+    return images.scan() if spec.on_bad == "skip" else images

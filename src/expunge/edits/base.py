@@ -1,0 +1,22 @@
+"""Edits: one-shot methods that compute the change directly, without a training loop."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from expunge.context import Context
+from expunge.part import Part
+from expunge.patch.changes import Change
+from expunge.registry import Kind
+from expunge.spaces.base import OpenSpace
+
+
+class Edit(Part):
+    """Settings of a one-shot edit."""
+
+    kind_of_part: ClassVar[Kind] = "edit"
+
+    @abstractmethod
+    def compute(self, ctx: Context, space: OpenSpace) -> dict[str, Change]:
+        """Return the changes; the model itself is put back by the caller whatever happens to it here."""

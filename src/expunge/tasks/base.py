@@ -1,0 +1,143 @@
+"""The task: the only place that knows a model family's batches, losses and predictions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge.errors import CapabilityError, RequestError, did_you_mean
+from expunge.request import ForgetRequest
+
+#: Roles whose ids index the training set.
+TRAIN_ROLES = frozenset({"forget", "retain", "mixed"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one role in one step.
+
+    Args:
+        inputs: Model inputs, ``[B, ...]``.
+        targets: True targets, int64 ``[B]`` for classifiers.
+        ids: Sample ids within the role's set, int64 ``[B]``.
+        role: ``forget``, ``retain``, ``mixed``, ``surrogate``, ``test``, ``val`` ...
+        is_forget: Bool ``[B]``: which samples belong to the forget set.
+    """
+
+    inputs: Any
+    targets: Tensor
+    ids: Tensor
+    role: str
+    is_forget: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Index sets by role. ``forget`` and ``retain`` index the training set; the other roles their own sets."""
+
+    indices: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+    _forget: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_forget", self.indices["forget"])
+
+    def __getitem__(self, role: str) -> Tensor:
+        if role == "mixed":
+            return torch.cat([self.indices["forget"], self.indices["retain"]])
+        try:
+            return self.indices[role]
+        except KeyError:
+            raise RequestError(f"no samples have the role '{role}'{did_you_mean(role, self.indices)}") from None
+
+    def __contains__(self, role: object) -> bool:
+        return role in self.indices or role == "mixed"
+
+    def roles(self) -> tuple[str, ...]:
+        """Names of the roles present."""
+        return tuple(self.indices)
+
+    def is_forget(self, role: str, ids: Tensor) -> Tensor:
+        """Bool per id: does it belong to the forget set?"""
+        if role == "mixed":
+            return torch.isin(ids, self._forget)
+        return torch.full((len(ids),), role == "forget")
+
+
+class Task(ABC):
+    """One model with its data. Subclasses are final; each serves one model family.
+
+    Attributes:
+        model: The network that may be edited.
+        name: Family name, as registered.
+        capabilities: What methods may rely on beyond ``loss`` and ``predict``: ``features``, ``head`` ...
+    """
+
+    model: nn.Module
+    name: str
+    capabilities: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def split(self, request: ForgetRequest) -> Split:
+        """Turn a request into index sets, checked against the data.
+
+        Raises:
+            RequestError: The request does not fit the data.
+            DataError: A sample to forget cannot be read.
+        """
+
+    @abstractmethod
+    def load(self, role: str, ids: Tensor, split: Split, *, augment: int | None = None) -> Batch:
+        """Load samples onto the model's device.
+
+        Args:
+            role: Whose samples.
+            ids: int64 ``[B]``.
+            split: The index sets of the request.
+            augment: Key of the augmentation draw; ``None`` means none.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
+        """Per-sample training loss ``[B]``, against ``targets`` instead of the true ones if given."""
+
+    @abstractmethod
+    def predict(self, batch: Batch) -> Tensor:
+        """Model outputs: logits ``[B, C]`` for classifiers."""
+
+    @abstractmethod
+    def wrong_target(self, batch: Batch, *, key: int, exclude_true: bool = True) -> Tensor:
+        """A random other target per sample, a pure function of ``(key, sample id)``.
+
+        Args:
+            batch: The samples.
+            key: Key of the draw.
+            exclude_true: Never return the true target.
+        """
+
+    @abstractmethod
+    def data_digest(self) -> str:
+        """Digest of all data that a run may read."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next((t.device for t in self.model.parameters()), torch.device("cpu"))
+
+    def require(self, needs: frozenset[str], who: str) -> None:
+        """Refuse a method whose needs the task cannot meet.
+
+        Raises:
+            CapabilityError: Names what is missing.
+        """
+        missing = sorted(needs - self.capabilities)
+        if missing:
+            raise CapabilityError(f"{who} needs {', '.join(missing)}; the {self.name} task offers {sorted(self.capabilities)}")
