@@ -1,9 +1,73 @@
-"""Expunge: make trained models forget, with a patch, the evidence and exact undo."""
+"""Expunge: make trained models forget, with a patch, the evidence and exact undo.
+
+    >>> import expunge
+    >>> request = expunge.ForgetRequest.label(0)
+    >>> request.title
+    'class 0'
+"""  # noqa: D213
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from expunge import _compat
 
 _compat.install()
 
 __version__ = "0.1.0"
+
+#: Public names and where they live; loaded on first use so that the import stays light.
+_PUBLIC = {
+    "ClassifierTask": "expunge.tasks.classifier",
+    "DataSpec": "expunge.data",
+    "ForgetRequest": "expunge.request",
+    "Manifest": "expunge.patch",
+    "ModelSpec": "expunge.models",
+    "Normalize": "expunge.models.normalize",
+    "Optim": "expunge.recipe",
+    "Patch": "expunge.patch",
+    "Recipe": "expunge.recipe",
+    "Report": "expunge.report",
+    "apply": "expunge.patch",
+    "build_model": "expunge.models",
+    "build_recipe": "expunge.method",
+    "evaluate": "expunge.evaluate",
+    "fit": "expunge.train",
+    "load_data": "expunge.data",
+    "registry": "expunge.registry",
+    "revert": "expunge.patch",
+    "stack": "expunge.patch",
+    "unlearn": "expunge.run",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from expunge.data import DataSpec, load_data
+    from expunge.evaluate import evaluate
+    from expunge.method import build_recipe
+    from expunge.models import ModelSpec, build_model
+    from expunge.models.normalize import Normalize
+    from expunge.patch import Manifest, Patch, apply, revert, stack
+    from expunge.recipe import Optim, Recipe
+    from expunge.registry import registry
+    from expunge.report import Report
+    from expunge.request import ForgetRequest
+    from expunge.run import unlearn
+    from expunge.tasks.classifier import ClassifierTask
+    from expunge.train import fit
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    from expunge.errors import did_you_mean
+
+    raise AttributeError(f"module 'expunge' has no attribute {name!r}{did_you_mean(name, _PUBLIC)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,6 +25,8 @@ class Context:
         step: 0-based step within the whole run.
         epochs: Epochs planned.
         steps_per_epoch: Steps planned per epoch.
+        roles: Roles of the current step.
+        position: 0-based position of the current step in its pass (the run of steps with the same roles).
         augment: Whether training batches are augmented.
         state: Tensors that belong to the run's state; they are checkpointed and restored by name.
         notes: Remarks for the manifest.
@@ -37,6 +39,7 @@ class Context:
     step: int = 0
     epochs: int = 1
     steps_per_epoch: int = 0
+    roles: tuple[str, ...] = ()
     position: int = 0
     augment: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Metrics: pure functions from a model's outputs to estimates with intervals."""

@@ -74,11 +74,24 @@ def unseen_accuracy(test: ClassifierOutputs, *, note: str = "") -> Estimate:
 
 
 @metric(
+    "val_accuracy",
+    Info("Accuracy on validation samples.", needs=("val",)),
+    label="Validation data",
+    explain="Accuracy on held-out data that may have been used to choose settings or when to stop; a rough guide only.",
+    direction="higher",
+)
+def validation_accuracy(val: ClassifierOutputs, *, note: str = "") -> Estimate:
+    """Accuracy on the validation set, percent."""
+    return accuracy(val, note=note)
+
+
+@metric(
     "forget_test",
     Info("Accuracy on unseen samples of the forgotten class.", needs=("forget_test",)),
     label="Forgotten class, new data",
     explain="Accuracy on test images of the forgotten class, never used in training. Low means the model lost the "
     "class itself and not only the particular images it was trained on.",
+    direction="lower",
 )
 def forget_test_accuracy(forget_test: ClassifierOutputs, *, note: str = "") -> Estimate:
     """Accuracy on the forgotten class's test samples, percent."""
@@ -113,7 +126,9 @@ def _averages(runs: Mapping[str, float] | Sequence[Mapping[str, float]], keys: S
 
 @metric(
     "avg_gap",
-    Info("Mean distance to the retrained model over UA, RA, TA and MIA.", PAPER, UPSTREAM, COMMIT, needs=("reference",)),
+    Info(
+        "Mean distance to the retrained model over UA, RA, TA and MIA.", PAPER, UPSTREAM, COMMIT, needs=("reference",)
+    ),
     label="Average gap",
     explain="Mean distance to a model retrained without the data, over UA, RA, TA and MIA, in percentage points. "
     "0 would mean: the same four figures as retraining.",

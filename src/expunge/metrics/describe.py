@@ -44,6 +44,7 @@ class Metric:
     function: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
         return self.function(*args, **kwargs)
 
     def definition(self) -> dict[str, Any]:

@@ -82,7 +82,13 @@ def attack_sets(
 
 @metric(
     "mia_svc",
-    Info("MIA-efficacy: SVC on confidence, fitted on every sample.", PAPER, UPSTREAM, COMMIT, ("forget", "retain", "test")),
+    Info(
+        "MIA-efficacy: SVC on confidence, fitted on every sample.",
+        PAPER,
+        UPSTREAM,
+        COMMIT,
+        ("forget", "retain", "test"),
+    ),
     label="MIA (full SVC)",
     explain=_EXPLAIN + "Compare it with the retrained model; far above it is as telling as far below.",
 )
@@ -118,8 +124,10 @@ def _svc(sets: AttackSets, bins: int | None, method: str) -> Estimate:
 
 @metric(
     "mia_threshold",
-    Info("Share of forget samples below the confidence threshold that best separates members from non-members.",
-         needs=("forget", "retain", "test")),
+    Info(
+        "Share of forget samples below the confidence threshold that best separates members from non-members.",
+        needs=("forget", "retain", "test"),
+    ),
     label="MIA (best threshold)",
     explain=_EXPLAIN + "Here the attacker uses the single best confidence threshold, exactly; it is sharper near full "
     "confidence than the SVC, so the two figures differ and are not interchangeable.",

@@ -62,7 +62,8 @@ class _Proximal(DirectSpace):
         now = self._flat()
         length = self._settings.steps_per_epoch or ctx.steps_per_epoch
         total = ctx.epochs * length
-        left = max(0, total - (ctx.epoch * length + ctx.position + 1))
+        inner = ctx.position if ctx.roles == ("retain",) else 0
+        left = max(0, total - (ctx.epoch * length + inner + 1))
         k = int(self._settings.keep * (left / total * now.numel()))
         shrunk = soft_threshold(now - self._anchor, k)
         new = torch.where(shrunk == 0, self._anchor, self._anchor + shrunk)
@@ -84,7 +85,8 @@ class _Proximal(DirectSpace):
 class Proximal(Space):
     """Proximal step of ``beta * |theta - theta_o|_1`` with ``beta`` set so that k coordinates vanish.
 
-    ``k = int(keep * (T - (e L + i + 1)) / T * N)``: ``T = E L`` steps in all, epoch ``e``, in-pass position ``i``.
+    ``k = int(keep * (T - (e L + i + 1)) / T * N)``: ``T = E L`` steps in all, epoch ``e``, ``i`` the position in
+    a retain pass and 0 in other passes, as published.
 
     Args:
         keep: Share of weights pulled back at the start (rho).

@@ -95,7 +95,9 @@ def _nothing(model: nn.Module, targets: Sequence[str], rest: dict[str, nn.Module
     for pattern in targets:
         close += difflib.get_close_matches(pattern, list(usable), n=3, cutoff=0.3)
     close = list(dict.fromkeys(close)) or list(usable)[:5]
-    named = "; they do name " + ", ".join(f"'{n}' ({type(m).__name__})" for n, m in list(rest.items())[:3]) if rest else ""
+    named = (
+        "; they do name " + ", ".join(f"'{n}' ({type(m).__name__})" for n, m in list(rest.items())[:3]) if rest else ""
+    )
     return (
         f"targets {list(targets)} select no Linear or Conv2d layer of {type(model).__name__}{named}. "
         f"It has {counts}. Closest names: {', '.join(close) or 'none'}"

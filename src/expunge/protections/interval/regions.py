@@ -8,6 +8,7 @@ so the two squared ends add up to ``2 (delta.c)^2 + (|delta|.w)^2 / 2``. Boxes t
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def boxes(region: Region, bounds: Bounds, side: Tensor | None = None) -> tuple[T
     coordinate = torch.arange(k, device=low.device)
     edges = [g * k // m for g in range(m + 1)] if m else [0]
     lows, highs = [], []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         inside = (coordinate >= start) & (coordinate < stop)
         lows += [low, torch.where(inside, z_max, low)]
         highs += [torch.where(inside, z_min, high), high]
@@ -116,7 +117,7 @@ def moments(
 
 
 def uniform_margin(bounds: Bounds) -> Bounds:
-    """Replace the envelope by one margin for all directions: the mean of the smaller of each direction's two margins."""
+    """Give all directions one margin: the mean over directions of the smaller of the two margins."""
     margin = torch.minimum(bounds.z_min - bounds.low, bounds.high - bounds.z_max).mean()
     return bounds._replace(low=bounds.z_min - margin, high=bounds.z_max + margin)
 

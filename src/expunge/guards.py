@@ -1,0 +1,139 @@
+"""Checks before and after a run, one small function each. None of them repairs anything."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from expunge.digest import tensor_digest
+from expunge.errors import CapabilityError, InvariantError, NoEffectError, RequestError
+from expunge.patch.changes import Change, Replace, accumulate_dtype
+from expunge.recipe import Recipe
+from expunge.registry import registry
+from expunge.spaces.base import OpenSpace, shared_partners
+from expunge.tasks.base import Split, Task
+
+
+def check_capabilities(task: Task, split: Split, recipe: Recipe) -> None:
+    """Every data role and capability that the recipe needs is there.
+
+    Raises:
+        CapabilityError: Something is missing; methods that would work are listed.
+    """
+    offered = set(split.roles()) | task.capabilities | {"loss", "predict"}
+    missing = sorted(recipe.needs() - offered)
+    if missing:
+        working = [
+            e.name for kind in ("objective", "edit") for e in registry.list(kind) if set(e.info.needs) <= offered
+        ]
+        raise CapabilityError(
+            f"{recipe.name} needs {', '.join(missing)}; this {task.name} task offers {', '.join(sorted(offered))}. "
+            f"Parts that would work: {', '.join(working)}"
+        )
+
+
+def check_finite_model(tensors: Mapping[str, Tensor]) -> None:
+    """The base model has no NaN or infinite weight.
+
+    Raises:
+        RequestError: Names the first tensor that has.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RequestError(f"the base model's '{name}' has NaN or infinite values; repair the model first")
+
+
+def check_disjoint(split: Split) -> None:
+    """Forget and retain set are disjoint and not empty.
+
+    Raises:
+        RequestError: They are not.
+    """
+    forget, retain = split["forget"], split["retain"]
+    if not len(forget) or not len(retain):
+        raise RequestError(f"the forget set has {len(forget)} and the retain set {len(retain)} samples; both are needed")
+    both = int(torch.isin(forget, retain).sum())
+    if both:
+        raise RequestError(f"{both} samples are in both the forget and the retain set")
+
+
+def warn_shared(model: nn.Module, names: list[str]) -> None:
+    """Warn when a selected tensor is also used under another name."""
+    for name, others in shared_partners(model, names).items():
+        warnings.warn(f"'{name}' is shared with {', '.join(others)}: they change together", stacklevel=3)
+
+
+def check_outside(
+    before: Mapping[str, str], base: Mapping[str, Tensor], now: Mapping[str, Tensor], allowed: set[str]
+) -> None:
+    """Every tensor outside the space has the bits it had before the run (after rounding to its own precision).
+
+    Raises:
+        InvariantError: Names the tensor that moved.
+    """
+    for name, digest in before.items():
+        if name not in allowed and tensor_digest(now[name].detach().to(base[name].dtype)) != digest:
+            raise InvariantError(f"'{name}' is outside the chosen space but changed during the run; nothing was saved")
+
+
+def check_masked(space: OpenSpace) -> None:
+    """Every masked-out weight has the bits it had before the run.
+
+    Raises:
+        InvariantError: Names the tensor and how many of its weights moved.
+    """
+    for name, parameter in space.parameters.items():
+        mask = space.mask(name)
+        if mask is None:
+            continue
+        kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[parameter.element_size()]
+        moved = (parameter.detach().view(kind) != space.base[name].view(kind)) & ~mask.to(parameter.device)
+        if bool(moved.any()):
+            raise InvariantError(f"{int(moved.sum())} masked weights of '{name}' moved; nothing was saved")
+
+
+def effect(changes: Mapping[str, Change], base: Mapping[str, Tensor]) -> dict[str, float]:
+    """How much the changes do after rounding to the weights' own precision.
+
+    Returns:
+        ``changed``: weights whose bits differ, ``total``: weights of the model, ``share``, and ``relative_norm``: norm of
+        the change over the norm of the changed tensors.
+    """
+    changed, delta_sq, base_sq = 0, 0.0, 0.0
+    for name, change in changes.items():
+        old = base[name]
+        acc = accumulate_dtype(old.dtype) if old.is_floating_point() else torch.float64
+        dense = change.dense().to(old.device, acc)
+        delta = dense - old.to(acc) if isinstance(change, Replace) else dense
+        new = old.to(acc) + delta
+        changed += int((new.to(old.dtype) != old).sum())
+        delta_sq += float(delta.double().pow(2).sum())
+        base_sq += float(old.double().pow(2).sum())
+    total = sum(t.numel() for t in base.values())
+    return {
+        "changed": float(changed),
+        "total": float(total),
+        "share": changed / max(total, 1),
+        "relative_norm": (delta_sq / base_sq) ** 0.5 if base_sq else 0.0,
+    }
+
+
+def check_effect(changes: Mapping[str, Change], base: Mapping[str, Tensor], recipe: Recipe) -> dict[str, float]:
+    """The run changed the model as it will be used.
+
+    Raises:
+        NoEffectError: Nothing changed, with the likely cause.
+    """
+    facts = effect(changes, base)
+    if facts["changed"] == 0:
+        if recipe.objective is not None and recipe.optim.lr == 0:
+            cause = "the learning rate is 0 (use the control run for that)"
+        elif changes:
+            cause = "every change is smaller than the weights' precision can hold; raise the learning rate or use fp32 weights"
+        else:
+            cause = "no gradient reached the chosen space (everything frozen, or a loss that does not depend on it)"
+        raise NoEffectError(f"{recipe.name} changed nothing: {cause}")
+    return facts

@@ -1,0 +1,283 @@
+"""The one training loop, on Accelerate: accumulate, project, log, checkpoint, resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expunge import checkpoint
+from expunge.checkpoint import Position
+from expunge.context import Context
+from expunge.errors import DivergedError, ResourceError
+from expunge.objectives.base import LossFn, Objective, Term
+from expunge.protections.base import Penalty
+from expunge.recipe import Optim
+from expunge.schedule import Step, chunks
+from expunge.spaces.base import OpenSpace
+from expunge.track import Tracker
+
+#: Called after every step with (step number starting at 1, model, optimiser).
+OnStep = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+MAX_SKIPPED = 50
+
+
+@dataclass
+class Saving:
+    """Where and how often to checkpoint, and which run the checkpoint belongs to."""
+
+    path: Path | None = None
+    every: int | None = None
+    identity: str = ""
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def make_optimizer(settings: Optim, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Build the optimiser over the space's parameters."""
+    values = list(parameters.values())
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            values,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.nesterov,
+        )
+    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
+    return kind(values, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+
+
+def make_accelerator(precision: str) -> Any:
+    """An Accelerator of the wanted precision, also when an earlier run in this process used another."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    wanted = {"fp32": "no"}.get(precision, precision)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=wanted)
+
+
+class Loop:
+    """Runs an objective with penalties in an opened space."""
+
+    def __init__(
+        self,
+        ctx: Context,
+        objective: Objective,
+        settings: Optim,
+        space: OpenSpace,
+        losses: LossFn,
+        penalties: list[Penalty],
+        tracker: Tracker,
+        saving: Saving,
+        accelerator: Any,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.ctx, self.objective, self.settings, self.space = ctx, objective, settings, space
+        self.losses, self.penalties, self.tracker, self.saving = losses, penalties, tracker, saving
+        self.accelerator, self.on_step = accelerator, on_step
+        self.optimizer = make_optimizer(settings, space.parameters)
+        self.sizes = {r: len(ctx.split[r]) for r in objective.schedule.roles()}
+        self.at = Position(micro_batch=settings.micro_batch)
+        self.steps_of_epoch = [len(self._steps(e)) for e in range(settings.epochs)]
+        self.total = sum(self.steps_of_epoch)
+        ctx.epochs = settings.epochs
+
+    def _steps(self, epoch: int) -> list[Step]:
+        return self.objective.schedule.steps(self.sizes, epoch, self.ctx.seed)
+
+    def run(self, *, resume: bool) -> None:
+        """Run to the end or to the objective's stop.
+
+        Raises:
+            DivergedError: A loss, gradient or weight is not finite.
+            ResourceError: Out of memory at one sample per micro-batch.
+        """
+        if resume and self.saving.path is not None and self.saving.path.exists():
+            self._restore(self.saving.path)
+        self.ctx.history = self.tracker.start(self.total, self.at.step)
+        if self.ctx.history and self.objective.stop(self.ctx.history):
+            return
+        for epoch in range(self.at.epoch, self.settings.epochs):
+            if self._run_epoch(epoch):
+                return
+            self.at.epoch, self.at.index = epoch + 1, 0
+            if self.saving.every is None and epoch + 1 < self.settings.epochs:
+                self._checkpoint()
+
+    def _run_epoch(self, epoch: int) -> bool:
+        ctx, steps = self.ctx, self._steps(epoch)
+        ctx.epoch, ctx.steps_per_epoch = epoch, len(steps)
+        start_of_pass, previous = 0, None
+        for index, step in enumerate(steps):
+            if (roles := tuple(step)) != previous:
+                start_of_pass, previous = index, roles
+            if index < self.at.index:
+                continue
+            ctx.step, ctx.position, ctx.roles = self.at.step, index - start_of_pass, roles
+            lr = self.settings.lr_at(epoch, self.at.step, self.total)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            row = {"step": self.at.step, "epoch": epoch, "lr": lr, **self._take(step)}
+            ctx.history.append(row)
+            self.tracker.row(row)
+            self.at.step, self.at.index = self.at.step + 1, index + 1
+            if self.on_step is not None:
+                self.on_step(self.at.step, ctx.model, self.optimizer)
+            reason = self.objective.stop(ctx.history)
+            if reason is not None:
+                ctx.note(f"stopped after step {self.at.step} of {self.total}: {reason}")
+            if reason is not None or self.at.step == self.settings.max_steps:
+                return True
+            if self.saving.every is not None and self.at.step % self.saving.every == 0:
+                self._checkpoint()
+        return False
+
+    def _take(self, step: Step) -> dict[str, float]:
+        """One optimiser step; after an out-of-memory error again with half the micro-batch."""
+        while True:
+            cpu_rng = torch.get_rng_state()
+            try:
+                return self._step(step)
+            except RuntimeError as error:
+                if not _is_oom(error):
+                    raise
+                largest = max(len(ids) for ids in step.values())
+                micro = min(self.at.micro_batch or largest, largest)
+                self.optimizer.zero_grad(set_to_none=True)
+                if micro <= 1:
+                    raise ResourceError(
+                        f"out of memory at step {self.at.step} with one sample at a time; use a smaller model, a lower "
+                        f"precision or fewer trained layers ({error})"
+                    ) from None
+                self.at.micro_batch = micro // 2
+                self.ctx.note(f"out of memory at step {self.at.step}: micro-batch reduced to {self.at.micro_batch}")
+                torch.set_rng_state(cpu_rng)
+                if torch.cuda.is_initialized():
+                    torch.cuda.empty_cache()
+
+    def _step(self, step: Step) -> dict[str, float]:
+        optimizer, settings, ctx = self.optimizer, self.settings, self.ctx
+        optimizer.zero_grad(set_to_none=True)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        totals = {role: len(ids) for role, ids in step.items()}
+        logged: dict[str, Tensor] = {}
+        for number, piece in enumerate(chunks(step, self.at.micro_batch)):
+            own = {r: ids[rank::world] for r, ids in piece.items()} if world > 1 else piece
+            batches = {r: ctx.load(r, ctx.split[r][ids]) for r, ids in own.items() if len(ids)}
+            with self.accelerator.autocast():
+                terms = self.losses(batches) if batches else {}
+            if number == 0:
+                data_free = {k: t for penalty in self.penalties for k, t in penalty().items()}
+                terms = {**terms, **{k: t._replace(values=t.values / world) for k, t in data_free.items()}}
+            loss = self._total(terms, totals, logged)
+            if loss is not None and loss.requires_grad:
+                self.accelerator.backward(loss)
+        parameters = list(self.space.parameters.values())
+        if world > 1:
+            for p in parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad.copy_(self.accelerator.reduce(p.grad, "sum"))
+        numbers = {k: float(v.detach()) for k, v in logged.items()}
+        if world > 1:
+            numbers = _sum_over_processes(numbers)
+        self._check_finite(numbers, "loss")
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        self.space.before_step()
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if settings.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, settings.grad_clip, norm)
+        numbers["grad_norm"] = float(norm)
+        if scaler is None:
+            self._check_finite(numbers, "gradient norm")
+            optimizer.step()
+        else:
+            self._scaled_step(scaler, numbers)
+        self.space.after_step(optimizer)
+        return numbers
+
+    def _total(self, terms: Mapping[str, Term], totals: Mapping[str, int], logged: dict[str, Tensor]) -> Tensor | None:
+        loss: Tensor | None = None
+        for name, term in terms.items():
+            value = term.values if term.role is None else term.values.sum() / totals[term.role]
+            logged[name] = logged.get(name, 0) + value.detach()
+            if term.weight != 0:
+                weighted = term.weight * value
+                loss = weighted if loss is None else loss + weighted
+                logged["loss"] = logged.get("loss", 0) + weighted.detach()
+        return loss
+
+    def _check_finite(self, numbers: Mapping[str, float], what: str) -> None:
+        bad = [k for k, v in numbers.items() if not abs(v) < float("inf")]
+        if bad:
+            term = next((k for k in bad if k != "loss"), bad[0])
+            raise DivergedError(
+                f"diverged at step {self.at.step}: {what} is not finite, term = {term}. Use a smaller learning rate, fewer "
+                "steps or gradient clipping; the model is left as it was"
+            )
+
+    def _scaled_step(self, scaler: Any, numbers: dict[str, float]) -> None:
+        before = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() < before:
+            self.at.skipped += 1
+            numbers["skipped"] = 1.0
+            numbers["grad_norm"] = -1.0
+            self.ctx.note("half precision skipped steps whose gradient overflowed; see 'skipped' in the log")
+            if self.at.skipped > MAX_SKIPPED:
+                raise DivergedError(f"{self.at.skipped} steps overflowed in half precision, the last at {self.at.step}; use bf16")
+
+    def _checkpoint(self) -> None:
+        if self.saving.path is None or not self.accelerator.is_main_process:
+            return
+        self.tracker.flush()
+        scaler = getattr(self.accelerator, "scaler", None)
+        checkpoint.save(
+            self.saving.path,
+            position=self.at,
+            parameters=self.space.parameters,
+            buffers=self.saving.buffers,
+            optimizer=self.optimizer,
+            state=self.ctx.state,
+            space=self.space.state(),
+            notes=self.ctx.notes,
+            identity=self.saving.identity,
+            scaler=None if scaler is None else scaler.state_dict(),
+        )
+
+    def _restore(self, path: Path) -> None:
+        self.at, state, space, notes, scaler = checkpoint.load(
+            path,
+            parameters=self.space.parameters,
+            buffers=self.saving.buffers,
+            optimizer=self.optimizer,
+            identity=self.saving.identity,
+        )
+        self.ctx.state.update(state)
+        self.ctx.notes[:] = notes
+        self.space.load_state(space)
+        if scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+
+
+def _sum_over_processes(numbers: dict[str, float]) -> dict[str, float]:
+    from accelerate.utils import gather_object
+
+    total: dict[str, float] = {}
+    for part in gather_object([numbers]):
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def _is_oom(error: RuntimeError) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error).lower()

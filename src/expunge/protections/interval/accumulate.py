@@ -1,0 +1,128 @@
+"""Bounded-memory accumulators: mean and covariance, a uniform sample of rows, extremes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge import rng
+
+_PANEL = 128
+_DOUBLE_BELOW = 128
+
+
+class Scatter:
+    """Count, mean and covariance of rows, independent of batch size and order up to rounding.
+
+    Rows are shifted by the mean of the first chunk, multiplied in their own precision (float64 when narrow) and added
+    up in float64. Only the block upper triangle is computed and kept.
+
+    Args:
+        d: Row length.
+    """
+
+    def __init__(self, d: int) -> None:
+        self.d, self.n = d, 0
+        self._edges = [*range(0, d, _PANEL), d] if d > 2 * _PANEL else [0, d]
+        self._panels: list[Tensor] = []
+        self._shift = torch.empty(0)
+        self._sum = torch.empty(0)
+        self.compute: torch.dtype = torch.float64
+
+    def update(self, rows: Tensor) -> bool:
+        """Add ``rows [n, d]``; return False when they contain a non-finite number."""
+        if not self.n:
+            wide = rows.dtype != torch.float64 and self.d > _DOUBLE_BELOW
+            self.compute = torch.float32 if wide else torch.float64
+            self._shift = rows.to(self.compute).mean(0)
+            self._sum = torch.zeros(self.d, dtype=torch.float64, device=rows.device)
+            self._panels = [
+                torch.zeros(b - a, self.d - a, dtype=torch.float64, device=rows.device)
+                for a, b in itertools.pairwise(self._edges)
+            ]
+        x = rows.to(self.compute) - self._shift
+        total = x.sum(0)
+        self.n += rows.shape[0]
+        self._sum += total
+        for panel, a, b in zip(self._panels, self._edges[:-1], self._edges[1:], strict=True):
+            panel += x[:, a:b].T @ x[:, a:]
+        return bool(torch.isfinite(total).all())
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Return the mean ``[d]`` and the covariance (divided by N) ``[d, d]`` in float64, and free the sums."""
+        offset = self._sum / self.n
+        cov = torch.empty(self.d, self.d, dtype=torch.float64, device=self._sum.device)
+        for a, b in reversed(list(itertools.pairwise(self._edges))):
+            panel = self._panels.pop()
+            cov[a:b, a:] = panel
+            cov[a:, a:b] = panel.T
+            del panel
+        cov /= self.n
+        cov -= torch.outer(offset, offset)
+        return self._shift.double() + offset, cov
+
+
+class Sample:
+    """A uniform sample of rows without replacement, of fixed size and independent of how rows are batched.
+
+    Every row gets a pseudo-random number from its index; the smallest ones stay. While all rows fit, all are kept,
+    in order. The level of a quantile taken from n kept rows has standard error ``sqrt(p (1 - p) / n)``.
+    """
+
+    def __init__(self, capacity: int, seed_key: int) -> None:
+        self.capacity, self.seed_key, self.seen = capacity, seed_key, 0
+        self._rows = torch.empty(0)
+        self._keys = np.empty(0, dtype=np.uint64)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row seen is still here."""
+        return self.seen <= self.capacity
+
+    def update(self, rows: Tensor) -> None:
+        """Offer ``rows [n, d]``."""
+        if not self.seen:
+            self._rows = rows.new_empty(self.capacity, rows.shape[1])
+            self._keys = np.empty(self.capacity, dtype=np.uint64)
+        keys = rng.uniform_bits(self.seed_key, torch.arange(self.seen, self.seen + rows.shape[0]))
+        free = max(0, min(self.capacity - self.seen, rows.shape[0]))
+        if free:
+            self._rows[self.seen : self.seen + free] = rows[:free]
+            self._keys[self.seen : self.seen + free] = keys[:free]
+        self.seen += rows.shape[0]
+        if free == rows.shape[0]:
+            return
+        keys, rows = keys[free:], rows[free:]
+        candidates = np.flatnonzero(keys < self._keys.max())
+        if not candidates.size:
+            return
+        both = np.concatenate([self._keys, keys[candidates]])
+        keep = np.argpartition(both, self.capacity - 1)[: self.capacity]
+        stay = np.zeros(self.capacity, dtype=bool)
+        stay[keep[keep < self.capacity]] = True
+        new = candidates[keep[keep >= self.capacity] - self.capacity]
+        slots = np.flatnonzero(~stay)
+        self._keys[slots] = keys[new]
+        where = torch.from_numpy(slots).to(rows.device)
+        self._rows[where] = rows[torch.from_numpy(new).to(rows.device)]
+
+    def rows(self) -> Tensor:
+        """The kept rows ``[min(seen, capacity), d]``."""
+        return self._rows[: min(self.seen, self.capacity)]
+
+
+class Extremes:
+    """Smallest and largest value per coordinate."""
+
+    def __init__(self) -> None:
+        self.low = torch.empty(0)
+        self.high = torch.empty(0)
+
+    def update(self, z: Tensor) -> None:
+        """Add projections ``[n, k]``."""
+        low, high = z.aminmax(dim=0)
+        self.low = torch.minimum(self.low, low) if self.low.numel() else low
+        self.high = torch.maximum(self.high, high) if self.high.numel() else high

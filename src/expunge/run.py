@@ -1,0 +1,266 @@
+"""``unlearn``: preflight, work, invariants, patch. And the run folder that makes it resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expunge import guards, rng
+from expunge.context import Context
+from expunge.digest import combine, json_digest, named_tensors, state_digests
+from expunge.errors import ConfigError, ResourceError
+from expunge.files import atomic_write
+from expunge.loop import Loop, OnStep, Saving, make_accelerator
+from expunge.patch import Manifest, Patch, Replace
+from expunge.patch.apply import apply as apply_patch
+from expunge.patch.changes import Change
+from expunge.patch.patch import current_versions
+from expunge.recipe import Recipe
+from expunge.request import ForgetRequest
+from expunge.restore import as_found, freeze_norm_statistics
+from expunge.tasks.base import Task
+from expunge.track import Tracker, TrackerName
+
+PATCH, RUN, LOG, CHECKPOINT, LOCK = "patch.safetensors", "run.json", "log.jsonl", "checkpoint.safetensors", ".lock"
+
+
+def unlearn(
+    task: Task,
+    request: ForgetRequest,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    trackers: Sequence[TrackerName] = (),
+    progress: bool = False,
+    inplace: bool = False,
+    allow_no_effect: bool = False,
+    on_step: OnStep | None = None,
+) -> Patch:
+    """Make a model forget and return the change as a patch.
+
+    The model is left exactly as found unless ``inplace``. Every draw derives from ``seed``; on one machine and one set of
+    versions the patch is reproducible bit for bit on the CPU.
+
+    Args:
+        task: Model and data.
+        request: What to forget.
+        recipe: How.
+        seed: Seed of the run.
+        run_dir: Folder for ``run.json``, ``log.jsonl``, ``checkpoint.safetensors`` and ``patch.safetensors``. A killed run
+            with the same settings resumes there; a finished one returns its patch.
+        checkpoint_every: Steps between checkpoints; by default at every epoch's end.
+        trackers: ``tensorboard``, ``wandb``.
+        progress: Show a progress bar.
+        inplace: Apply the patch to the model before returning.
+        allow_no_effect: Return an empty patch instead of failing when nothing changed (the lr = 0 control).
+        on_step: Called after every step with the number of steps taken, the model and the optimiser.
+
+    Returns:
+        The patch; its manifest holds the base digest, request, recipe, seed, versions and remarks.
+
+    Raises:
+        RequestError: The request does not fit the data, or a selector matches nothing.
+        CapabilityError: The recipe needs what the task lacks.
+        DivergedError: A loss, gradient or weight became NaN or infinite.
+        NoEffectError: Nothing changed.
+        InvariantError: A weight outside the space moved.
+        ConfigError: The run folder belongs to a run with other settings.
+    """
+    split = task.split(request)
+    guards.check_disjoint(split)
+    guards.check_capabilities(task, split, recipe)
+    tensors, aliases = named_tensors(task.model)
+    guards.check_finite_model(tensors)
+    digests = state_digests(tensors)
+    identity = _identity(task, request, recipe, seed, digests)
+    folder = Path(run_dir) if run_dir is not None else None
+    with run_folder(folder, identity) as finished:
+        if finished is not None:
+            patch = finished
+        else:
+            ctx = Context(task, split, seed, augment=recipe.optim.augment)
+            ctx.notes.extend(split.notes)
+            saving = Saving(folder / CHECKPOINT if folder else None, checkpoint_every, json_digest(identity))
+            with as_found(task.model) as base, Tracker(folder, trackers, identity, progress) as tracker:
+                changes = _work(ctx, recipe, base, digests, saving, tracker, on_step)
+            if not allow_no_effect:
+                facts = guards.check_effect(changes, base, recipe)
+                if facts["share"] < 1e-6:
+                    ctx.note(f"only {int(facts['changed'])} weights changed")
+            patch = _patch(changes, ctx, request, recipe, digests, aliases)
+            if folder is not None:
+                patch.save(folder / PATCH)
+                (folder / CHECKPOINT).unlink(missing_ok=True)
+    if inplace:
+        apply_patch(task.model, patch)
+    return patch
+
+
+def _work(
+    ctx: Context,
+    recipe: Recipe,
+    base: dict[str, Tensor],
+    digests: dict[str, str],
+    saving: Saving,
+    tracker: Tracker,
+    on_step: OnStep | None,
+) -> dict[str, Change]:
+    model = ctx.model
+    rng.seed_everything(ctx.seed)
+    accelerator = make_accelerator(recipe.optim.precision)
+    if accelerator.device.type != "cpu":
+        model.to(accelerator.device)
+    for tensor in named_tensors(model)[0].values():
+        if tensor.dtype in (torch.float16, torch.bfloat16):  # small steps vanish in half precision: fp32 masters
+            tensor.data = tensor.data.float()
+    buffers = {n: t for n, t in named_tensors(model)[0].items() if not isinstance(t, torch.nn.Parameter)}
+    model.eval()
+    space = recipe.space.open(ctx)
+    try:
+        guards.warn_shared(model, [n for n in space.parameters if n in base])
+        if recipe.edit is not None:
+            return recipe.edit.compute(ctx, space)
+        assert recipe.objective is not None
+        losses = recipe.objective.bind(ctx)
+        penalties = [p.bind(ctx, space) for p in recipe.protections]
+        chosen = {id(p) for p in space.parameters.values()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in chosen)
+        model.train()
+        if recipe.optim.norm == "frozen":
+            freeze_norm_statistics(model)
+        saving.buffers = buffers
+        if recipe.from_scratch:
+            reinitialise(model, ctx.key("init"))
+        rng.seed_everything(ctx.seed)
+        resume = saving.path is not None and saving.path.exists()
+        Loop(ctx, recipe.objective, recipe.optim, space, losses, penalties, tracker, saving, accelerator, on_step).run(
+            resume=resume
+        )
+        guards.check_masked(space)
+        changes = space.changes()
+    finally:
+        space.close()
+    changes |= _buffer_changes(buffers, base)
+    guards.check_outside(digests, base, named_tensors(model)[0], set(space.parameters) | set(changes))
+    return changes
+
+
+def _buffer_changes(buffers: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Change]:
+    return {
+        n: Replace(b.detach().to("cpu", base[n].dtype).clone())
+        for n, b in buffers.items()
+        if not torch.equal(b.detach().to(base[n]), base[n])
+    }
+
+
+def reinitialise(model: torch.nn.Module, key: int) -> None:
+    """Draw fresh weights with every layer's own ``reset_parameters``.
+
+    Raises:
+        ConfigError: A layer with weights of its own offers no such method.
+    """
+    rng.seed_everything(key % 2**32)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False)) + [b for b in module.buffers(recurse=False)]
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        elif any(isinstance(t, torch.nn.Parameter) for t in own):
+            raise ConfigError(f"'{name}' ({type(module).__name__}) cannot be re-initialised; build a fresh model instead")
+
+
+def _patch(
+    changes: dict[str, Change],
+    ctx: Context,
+    request: ForgetRequest,
+    recipe: Recipe,
+    digests: dict[str, str],
+    aliases: dict[str, tuple[str, ...]],
+) -> Patch:
+    manifest = Manifest(
+        base_digest=combine(digests),
+        base_tensors=digests,
+        aliases=aliases,
+        request=request.model_dump(mode="json"),
+        request_digest=request.digest,
+        recipe=recipe.describe(),
+        seed=ctx.seed,
+        versions=current_versions(),
+        notes=tuple(ctx.notes),
+    )
+    return Patch(changes, manifest)
+
+
+def _identity(
+    task: Task, request: ForgetRequest, recipe: Recipe, seed: int, digests: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "recipe": recipe.describe(),
+        "request": request.model_dump(mode="json"),
+        "seed": seed,
+        "base": combine(digests),
+        "data": task.data_digest(),
+    }
+
+
+@contextmanager
+def run_folder(folder: Path | None, identity: dict[str, Any]) -> Iterator[Patch | None]:
+    """Lock a run folder, check that it belongs to this run, and yield the patch if the run is finished.
+
+    Raises:
+        ResourceError: Another live process uses the folder.
+        ConfigError: The folder belongs to a run with other settings; the differing keys are named.
+    """
+    if folder is None:
+        yield None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / LOCK):
+        known = folder / RUN
+        if known.exists():
+            differing = differences(json.loads(known.read_text(encoding="utf-8"))["identity"], identity)
+            if differing:
+                raise ConfigError(
+                    f"{folder} holds a run with other settings: {'; '.join(differing[:5])}. Choose another folder or remove it"
+                )
+        else:
+            atomic_write(known, json.dumps({"identity": identity, "versions": current_versions()}, indent=2))
+        done = folder / PATCH
+        yield Patch.load(done) if done.exists() else None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise ResourceError(f"{path.parent} is in use by process {handle.read().strip() or 'unknown'}") from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Dotted keys at which two JSON values differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    short = [json.dumps(v)[:60] for v in (old, new)]
+    return [] if json.dumps(old) == json.dumps(new) else [f"{where}: {short[0]} there, {short[1]} here"]
+
+
