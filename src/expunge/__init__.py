@@ -1,9 +1,9 @@
 """Expunge: make trained models forget, with a patch, the evidence and exact undo.
 
-    >>> import expunge
-    >>> request = expunge.ForgetRequest.label(0)
-    >>> request.title
-    'class 0'
+>>> import expunge
+>>> request = expunge.ForgetRequest.label(0)
+>>> request.title
+'class 0'
 """  # noqa: D213
 
 from __future__ import annotations

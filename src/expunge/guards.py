@@ -54,7 +54,9 @@ def check_disjoint(split: Split) -> None:
     """
     forget, retain = split["forget"], split["retain"]
     if not len(forget) or not len(retain):
-        raise RequestError(f"the forget set has {len(forget)} and the retain set {len(retain)} samples; both are needed")
+        raise RequestError(
+            f"the forget set has {len(forget)} and the retain set {len(retain)} samples; both are needed"
+        )
     both = int(torch.isin(forget, retain).sum())
     if both:
         raise RequestError(f"{both} samples are in both the forget and the retain set")
@@ -104,7 +106,7 @@ def effect(changes: Mapping[str, Change], base: Mapping[str, Tensor]) -> dict[st
     """
     changed, delta_sq, base_sq = 0, 0.0, 0.0
     for name, change in changes.items():
-        old = base[name]
+        old = base[name].detach()
         acc = accumulate_dtype(old.dtype) if old.is_floating_point() else torch.float64
         dense = change.dense().to(old.device, acc)
         delta = dense - old.to(acc) if isinstance(change, Replace) else dense

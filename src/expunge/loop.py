@@ -234,7 +234,9 @@ class Loop:
             numbers["grad_norm"] = -1.0
             self.ctx.note("half precision skipped steps whose gradient overflowed; see 'skipped' in the log")
             if self.at.skipped > MAX_SKIPPED:
-                raise DivergedError(f"{self.at.skipped} steps overflowed in half precision, the last at {self.at.step}; use bf16")
+                raise DivergedError(
+                    f"{self.at.skipped} steps overflowed in half precision, the last at {self.at.step}; use bf16"
+                )
 
     def _checkpoint(self) -> None:
         if self.saving.path is None or not self.accelerator.is_main_process:

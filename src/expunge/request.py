@@ -102,7 +102,11 @@ class ForgetRequest(Frozen):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise RequestError(f"{path}: cannot be read as an index file ({error})") from None
         body = {"forget": data} if isinstance(data, list) else data
-        if not isinstance(body, dict) or "forget" not in body or set(body) - {"forget", "retain", "dataset", "val", "sha256"}:
+        if (
+            not isinstance(body, dict)
+            or "forget" not in body
+            or set(body) - {"forget", "retain", "dataset", "val", "sha256"}
+        ):
             raise RequestError(f"{path}: expected a JSON list of integers, or an object with the key 'forget'")
         for key in ("forget", "retain"):
             values = body.get(key)
@@ -165,7 +169,9 @@ class ForgetRequest(Frozen):
             retain = _checked(self.retain, n, "retain")
             overlap = retain[torch.isin(retain, forget)]
             if len(overlap):
-                raise RequestError(f"{len(overlap)} samples are in both the forget and the retain set, first {int(overlap[0])}")
+                raise RequestError(
+                    f"{len(overlap)} samples are in both the forget and the retain set, first {int(overlap[0])}"
+                )
         if len(forget) == 0:
             raise RequestError(f"the forget set is empty: {self.title} of {n} training samples selects none")
         if len(retain) == 0:
@@ -206,7 +212,9 @@ def _checked(indices: Sequence[int], n: int, which: str) -> Tensor:
         raise RequestError(f"{len(outside)} {which} indices are outside 0..{n - 1}, first {outside[0]}")
     if len(set(indices)) < len(indices):
         index, times = Counter(indices).most_common(1)[0]
-        raise RequestError(f"the {which} set has {len(indices) - len(set(indices))} duplicates, e.g. {index} ({times} times)")
+        raise RequestError(
+            f"the {which} set has {len(indices) - len(set(indices))} duplicates, e.g. {index} ({times} times)"
+        )
     return torch.tensor(sorted(indices), dtype=torch.int64)
 
 

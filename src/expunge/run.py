@@ -25,7 +25,7 @@ from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest
 from expunge.restore import as_found, freeze_norm_statistics
-from expunge.tasks.base import Task
+from expunge.tasks.base import Split, Task
 from expunge.track import Tracker, TrackerName
 
 PATCH, RUN, LOG, CHECKPOINT, LOCK = "patch.safetensors", "run.json", "log.jsonl", "checkpoint.safetensors", ".lock"
@@ -77,6 +77,39 @@ def unlearn(
     """
     split = task.split(request)
     guards.check_disjoint(split)
+    patch = execute(
+        task,
+        split,
+        request,
+        recipe,
+        seed=seed,
+        run_dir=run_dir,
+        checkpoint_every=checkpoint_every,
+        trackers=trackers,
+        progress=progress,
+        allow_no_effect=allow_no_effect,
+        on_step=on_step,
+    )
+    if inplace:
+        apply_patch(task.model, patch)
+    return patch
+
+
+def execute(
+    task: Task,
+    split: Split,
+    request: ForgetRequest,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    trackers: Sequence[TrackerName] = (),
+    progress: bool = False,
+    allow_no_effect: bool = False,
+    on_step: OnStep | None = None,
+) -> Patch:
+    """Carry out a recipe on index sets that are already resolved; :func:`unlearn` is the front door."""
     guards.check_capabilities(task, split, recipe)
     tensors, aliases = named_tensors(task.model)
     guards.check_finite_model(tensors)
@@ -100,8 +133,6 @@ def unlearn(
             if folder is not None:
                 patch.save(folder / PATCH)
                 (folder / CHECKPOINT).unlink(missing_ok=True)
-    if inplace:
-        apply_patch(task.model, patch)
     return patch
 
 
@@ -176,7 +207,9 @@ def reinitialise(model: torch.nn.Module, key: int) -> None:
         if callable(reset):
             reset()
         elif any(isinstance(t, torch.nn.Parameter) for t in own):
-            raise ConfigError(f"'{name}' ({type(module).__name__}) cannot be re-initialised; build a fresh model instead")
+            raise ConfigError(
+                f"'{name}' ({type(module).__name__}) cannot be re-initialised; build a fresh model instead"
+            )
 
 
 def _patch(
@@ -201,9 +234,7 @@ def _patch(
     return Patch(changes, manifest)
 
 
-def _identity(
-    task: Task, request: ForgetRequest, recipe: Recipe, seed: int, digests: dict[str, str]
-) -> dict[str, Any]:
+def _identity(task: Task, request: ForgetRequest, recipe: Recipe, seed: int, digests: dict[str, str]) -> dict[str, Any]:
     return {
         "recipe": recipe.describe(),
         "request": request.model_dump(mode="json"),
@@ -262,5 +293,3 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
     short = [json.dumps(v)[:60] for v in (old, new)]
     return [] if json.dumps(old) == json.dumps(new) else [f"{where}: {short[0]} there, {short[1]} here"]
-
-

@@ -182,7 +182,9 @@ class Mask:
             raise ArtifactError(f"{path}: a safetensors file, but not a saliency mask") from None
         total = sum(p.numel() for p in parameters.values())
         if head["layout"] != layout_digest(parameters):
-            raise ArtifactError(f"{path}: the mask covers {head['n']} weights in another layout; this space has {total}")
+            raise ArtifactError(
+                f"{path}: the mask covers {head['n']} weights in another layout; this space has {total}"
+            )
         flat = unpack_mask(tensors["mask"], (total,))
         parts = torch.split(flat, [p.numel() for p in parameters.values()])
         bits = {n: part.reshape(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}

@@ -79,7 +79,9 @@ class Paired(_Batched):
         lead = self.streams[0]
         size = {r: min(self.batch_sizes.get(r, self.batch_size), sizes[r]) for r in self.streams}
         first = torch.split(
-            rng.permutation(rng.key(key, "order", epoch, 0), sizes[lead]) if self.shuffle else torch.arange(sizes[lead]),
+            rng.permutation(rng.key(key, "order", epoch, 0), sizes[lead])
+            if self.shuffle
+            else torch.arange(sizes[lead]),
             size[lead],
         )
         steps: list[Step] = [{lead: ids} for ids in first]

@@ -35,7 +35,9 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise CapabilityError("the tensorboard tracker needs the extra 'track': pip install 'expunge[track]'") from None
+            raise CapabilityError(
+                "the tensorboard tracker needs the extra 'track': pip install 'expunge[track]'"
+            ) from None
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ class Case:
 
     def expect(self, name: str, got: Tensor | float, rows: Tensor | None = None) -> None:
         entry, want = self.meta["expected"][name], self.tensors[name]
-        got = torch.as_tensor(got).detach()
+        got = (torch.tensor(got, dtype=torch.float64) if isinstance(got, float) else got).detach()
         assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
         if rows is not None:
             got, want = got[rows], want[rows]

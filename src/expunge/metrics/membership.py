@@ -24,8 +24,9 @@ from expunge.registry import Info
 MIN_SAMPLES = 50
 BINS = 256
 _EXPLAIN = (
-    "An attacker compares how sure the model is about images it knows were used in training and about new ones, "
-    "then judges the forgotten images. The figure is the share judged 'not used in training'. "
+    "An attacker learns from the model's confidence how images used in training differ from new ones. The figure is "
+    "the share of forgotten images it judges 'not used in training'. Far above the retrained model is as telling as "
+    "far below."
 )
 _FIXED = "interval of the forget samples for the fitted attacker"
 
@@ -90,7 +91,7 @@ def attack_sets(
         ("forget", "retain", "test"),
     ),
     label="MIA (full SVC)",
-    explain=_EXPLAIN + "Compare it with the retrained model; far above it is as telling as far below.",
+    explain=_EXPLAIN,
 )
 def mia_svc(sets: AttackSets) -> Estimate:
     """Share of forget samples called non-member by the published classifier, percent. About n^2 in time."""
@@ -108,7 +109,7 @@ def mia_svc(sets: AttackSets) -> Estimate:
         deviations=(f"Fitted on {BINS} weighted bin means per side instead of every sample.",),
     ),
     label="MIA",
-    explain=_EXPLAIN + "Compare it with the retrained model; far above it is as telling as far below.",
+    explain=_EXPLAIN,
 )
 def mia(sets: AttackSets) -> Estimate:
     """The figure of :func:`mia_svc` from a classifier fitted on weighted bin means, percent."""
@@ -129,8 +130,8 @@ def _svc(sets: AttackSets, bins: int | None, method: str) -> Estimate:
         needs=("forget", "retain", "test"),
     ),
     label="MIA (best threshold)",
-    explain=_EXPLAIN + "Here the attacker uses the single best confidence threshold, exactly; it is sharper near full "
-    "confidence than the SVC, so the two figures differ and are not interchangeable.",
+    explain="The same idea with the single best confidence cut-off, found exactly. It looks closer at confidences near "
+    "100 % than MIA does, so the two figures differ and cannot stand in for each other.",
 )
 def mia_threshold(sets: AttackSets, *, draws: int = 200, seed: int = 0) -> Estimate:
     """Share of forget samples below the exact best threshold, percent, with a bootstrap interval."""

@@ -18,7 +18,7 @@ from expunge.metrics.outputs import ClassifierOutputs
 
 @dataclass(frozen=True)
 class Threshold:
-    """Call a sample a member when its score is at least ``value``; ``balanced_accuracy`` is of the set it was set on."""
+    """Call a sample a member when its score is at least ``value``; ``balanced_accuracy`` is of the fitted set."""
 
     value: float
     balanced_accuracy: float

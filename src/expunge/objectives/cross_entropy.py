@@ -18,7 +18,9 @@ _SALUN = "OPTML-Group/Unlearn-Saliency"
 _COMMIT = "a6e89fd"
 
 
-@part("fine_tune", Info("Minimise the loss on the retain set only.", upstream=_SALUN, commit=_COMMIT, needs=("retain",)))
+@part(
+    "fine_tune", Info("Minimise the loss on the retain set only.", upstream=_SALUN, commit=_COMMIT, needs=("retain",))
+)
 class FineTune(Objective):
     """``mean loss(retain)``: relies on forgetting by neglect."""
 

@@ -70,7 +70,9 @@ def check_base(digests: Mapping[str, str], patch: Patch) -> None:
     missing, extra = sorted(set(wanted) - set(digests)), sorted(set(digests) - set(wanted))
     if missing or extra:
         parts = [f"missing {missing[:3]}" if missing else "", f"unexpected {extra[:3]}" if extra else ""]
-        raise ArtifactError(f"the model has another architecture than the patch's base: {'; '.join(filter(None, parts))}")
+        raise ArtifactError(
+            f"the model has another architecture than the patch's base: {'; '.join(filter(None, parts))}"
+        )
     differing = [n for n in wanted if wanted[n] != digests[n]]
     if differing:
         first = differing[0]
@@ -105,7 +107,9 @@ def apply(model: nn.Module, *patches: Patch) -> nn.Module:
     combined = list(record.patches)
     for patch in patches:
         if any(patch.digest == p.digest for p in combined):
-            raise ArtifactError(f"patch {patch.digest[:12]} (first tensor '{next(iter(patch), '-')}') is already applied")
+            raise ArtifactError(
+                f"patch {patch.digest[:12]} (first tensor '{next(iter(patch), '-')}') is already applied"
+            )
         check_base(record.digests, patch)
         combined.append(patch)
     _rewrite(model, tensors, record, combined)
@@ -139,6 +143,11 @@ def applied(model: nn.Module) -> tuple[Patch, ...]:
     """The patches that :func:`apply` put on this model object."""
     record = _records.get(model)
     return tuple(record.patches) if record else ()
+
+
+def settle(model: nn.Module) -> None:
+    """Make a model's present weights its base: what was applied can no longer be taken off."""
+    _records.pop(model, None)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
@@ -177,7 +186,9 @@ def _is_alias(name: str, patches: Sequence[Patch]) -> bool:
 
 def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if tensors and all(n.startswith(_PREFIX) for n in tensors):
-        warnings.warn(f"all tensor names start with '{_PREFIX}' (a data-parallel wrapper); matched without it", stacklevel=3)
+        warnings.warn(
+            f"all tensor names start with '{_PREFIX}' (a data-parallel wrapper); matched without it", stacklevel=3
+        )
         return {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
     return tensors
 

@@ -161,7 +161,9 @@ class Replace(Change):
 
     def scale(self, factor: float) -> Replace:
         if factor != 1.0:
-            raise ArtifactError("a patch that replaces a tensor cannot be scaled; restrict it to its other tensors first")
+            raise ArtifactError(
+                "a patch that replaces a tensor cannot be scaled; restrict it to its other tensors first"
+            )
         return self
 
 

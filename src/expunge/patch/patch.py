@@ -105,7 +105,9 @@ class Patch:
     def digest(self) -> str:
         """SHA-256 over the base and every stored tensor: the identity of the patch."""
         tensors = {
-            f"{n}::{part}": f"{c.kind}:{tensor_digest(t)}" for n, c in self.changes.items() for part, t in c.tensors().items()
+            f"{n}::{part}": f"{c.kind}:{tensor_digest(t)}"
+            for n, c in self.changes.items()
+            for part, t in c.tensors().items()
         }
         return json_digest({"base": self.manifest.base_digest, "changes": combine(tensors)})
 
@@ -168,7 +170,9 @@ class Patch:
             manifest = Manifest(**header["manifest"])
             metas: dict[str, dict[str, Any]] = header["changes"]
             if manifest.format > FORMAT:
-                raise ArtifactError(f"it has format {manifest.format}; this version reads up to {FORMAT}: update expunge")
+                raise ArtifactError(
+                    f"it has format {manifest.format}; this version reads up to {FORMAT}: update expunge"
+                )
             grouped: dict[str, dict[str, Tensor]] = {n: {} for n in metas}
             for key, tensor in tensors.items():
                 name, _, part = key.rpartition("::")

@@ -116,9 +116,7 @@ class SaliencyMask(Space):
                 mask = Mask.load(self.file, parameters)
             else:
                 key = ctx.key("mask")
-                mask = make_mask(
-                    scores, self.keep, scope=self.scope, select=self.select, rule=self.rounding, key=key
-                )
+                mask = make_mask(scores, self.keep, scope=self.scope, select=self.select, rule=self.rounding, key=key)
         # The published code minimises -CE while scoring, so the left-over gradient has the opposite sign.
         residual = {n: -g for n, g in last.items()} if self.residual else None
         return MaskedSpace(parameters, mask, self.freeze, residual)

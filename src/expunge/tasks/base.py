@@ -95,6 +95,10 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def everything(self) -> Split:
+        """Index sets with nothing to forget: ``forget`` is empty, ``retain`` the whole training set."""
+
+    @abstractmethod
     def load(self, role: str, ids: Tensor, split: Split, *, augment: int | None = None) -> Batch:
         """Load samples onto the model's device.
 
@@ -140,4 +144,6 @@ class Task(ABC):
         """
         missing = sorted(needs - self.capabilities)
         if missing:
-            raise CapabilityError(f"{who} needs {', '.join(missing)}; the {self.name} task offers {sorted(self.capabilities)}")
+            raise CapabilityError(
+                f"{who} needs {', '.join(missing)}; the {self.name} task offers {sorted(self.capabilities)}"
+            )

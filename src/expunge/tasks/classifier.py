@@ -68,9 +68,16 @@ class ClassifierTask(Task):
         For a class request the forgotten classes leave ``test`` and form ``forget_test``. Unreadable retain images are
         left out and counted in the notes; an unreadable forget image is an error.
         """  # noqa: D205
-        labels = self.data.train.labels
-        forget, retain = request.resolve(labels, self.classes)
+        forget, retain = request.resolve(self.data.train.labels, self.classes)
         self.data.train.require(forget)
+        gone = class_numbers(request.what.classes, self.classes) if isinstance(request.what, Label) else []
+        return self._split(forget, retain, gone)
+
+    def everything(self) -> Split:
+        """Index sets with nothing to forget."""
+        return self._split(torch.empty(0, dtype=torch.int64), torch.arange(len(self.data.train)), [])
+
+    def _split(self, forget: Tensor, retain: Tensor, gone: list[int]) -> Split:
         notes = []
         readable = self.data.train.readable()
         if len(readable) < len(self.data.train):
@@ -82,12 +89,11 @@ class ClassifierTask(Task):
         for role, images in self._sets.items():
             if role != "train":
                 indices[role] = images.readable()
-        if isinstance(request.what, Label):
-            gone = torch.tensor(class_numbers(request.what.classes, self.classes))
-            of_class = torch.isin(self.data.test.labels[indices["test"]], gone)
+        if gone:
+            of_class = torch.isin(self.data.test.labels[indices["test"]], torch.tensor(gone))
             indices["forget_test"] = indices["test"][of_class]
             indices["test"] = indices["test"][~of_class]
-        empty = [r for r, ids in indices.items() if not len(ids)]
+        empty = [r for r, ids in indices.items() if not len(ids) and r != "forget"]
         if empty:
             raise RequestError(f"after this request no sample is left in: {', '.join(empty)}")
         return Split(indices, tuple(notes))

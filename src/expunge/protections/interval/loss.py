@@ -17,7 +17,7 @@ The sum is even and homogeneous of degree two, so the value is half the inner pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,39 +253,12 @@ class IntervalPenalty:
     """Sum of the layers' values, ready to be added to a loss.
 
     Args:
-        layers: Protected modules by name.
-        statistics: Per layer one entry per group.
+        layers: One callable per protected layer, giving its value.
         settings: Weights and options.
-        conv: Rows the statistics of convolutions describe.
-        snapshot: Weights and biases by parameter name to measure the drift from; current ones when absent.
-        dtype: Precision; by default float64 for float64 weights, else float32.
-        sides: Per layer and group the sides for ``two_random``.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        statistics: Mapping[str, tuple[Statistics, ...]],
-        settings: PenaltySettings,
-        *,
-        conv: ConvRows = "patches",
-        snapshot: Mapping[str, Tensor] | None = None,
-        dtype: torch.dtype | None = None,
-        sides: Mapping[str, tuple[Tensor, ...]] | None = None,
-    ) -> None:
-        self.settings = settings
-        self.layers: dict[str, ProtectedLayer] = {}
-        forms: dict[tuple[object, ...], Form] = {}
-        snapshot = snapshot or {}
-        for name, module in layers.items():
-            weight: Tensor = module.weight  # type: ignore[assignment]
-            kind = dtype or penalty_dtype(weight.dtype)
-            tag = (id(statistics[name]), kind, weight.device, name if sides else "")
-            if tag not in forms:
-                own = sides[name] if sides else None
-                forms[tag] = Form(statistics[name], settings, kind, weight.device, own)
-            old = (snapshot.get(f"{name}.weight"), snapshot.get(f"{name}.bias"))
-            self.layers[name] = ProtectedLayer(module, forms[tag], conv, *old)
+    def __init__(self, layers: Mapping[str, Callable[[], Tensor]], settings: PenaltySettings) -> None:
+        self.settings, self.layers = settings, dict(layers)
 
     @property
     def factor(self) -> float:
@@ -298,13 +271,54 @@ class IntervalPenalty:
         return torch.stack([layer() for layer in self.layers.values()]).sum() * self.factor
 
     def curvature(self, name: str, *, majoriser: bool = False) -> float:
-        """Largest curvature of one layer's share of the penalty, lambda and 1/o included."""
+        """Largest curvature of one layer's share of the penalty, lambda and 1/o included.
+
+        Raises:
+            RequestError: The layer has no closed form (published convolutions other than 1 x 1).
+        """
         layer = self.layers[name]
+        if not isinstance(layer, ProtectedLayer):
+            raise RequestError(f"layer '{name}' has no closed form, so its curvature is not known")
         return self.factor * layer.form.curvature(majoriser=majoriser) / layer.outputs
 
     def step_size_limit(self, momentum: float = 0.0, *, majoriser: bool = True) -> float:
         """Largest stable learning rate of plain gradient descent, ``2 (1 + momentum) / curvature``."""
         return step_size_limit(max(self.curvature(n, majoriser=majoriser) for n in self.layers), momentum)
+
+
+def build(
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, tuple[Statistics, ...]],
+    settings: PenaltySettings,
+    *,
+    conv: ConvRows = "patches",
+    snapshot: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    sides: Mapping[str, tuple[Tensor, ...]] | None = None,
+) -> IntervalPenalty:
+    """The closed-form penalty of some layers.
+
+    Args:
+        layers: Protected modules by name.
+        statistics: Per layer one entry per group; layers that share the object share the constants.
+        settings: Weights and options.
+        conv: Rows the statistics of convolutions describe.
+        snapshot: Weights and biases by parameter name to measure the drift from; current ones when absent.
+        dtype: Precision; by default float64 for float64 weights, else float32.
+        sides: Per layer and group the sides for ``two_random``.
+    """
+    forms: dict[tuple[object, ...], Form] = {}
+    snapshot = snapshot or {}
+    protected = {}
+    for name, module in layers.items():
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        kind = dtype or penalty_dtype(weight.dtype)
+        tag = (id(statistics[name]), kind, weight.device, name if sides else "")
+        if tag not in forms:
+            forms[tag] = Form(statistics[name], settings, kind, weight.device, sides[name] if sides else None)
+        old = (snapshot.get(f"{name}.weight"), snapshot.get(f"{name}.bias"))
+        protected[name] = ProtectedLayer(module, forms[tag], conv, *old)
+    return IntervalPenalty(protected, settings)
 
 
 def step_size_limit(curvature: float, momentum: float = 0.0) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from expunge.errors import DataError
 from expunge.protections.interval.collect import CollectSettings
+from expunge.protections.interval.loss import IntervalPenalty, PenaltySettings, build
 from expunge.protections.interval.regions import Bounds
 from expunge.protections.interval.rows import as_finite
 from expunge.protections.interval.statistics import Collected, Statistics
@@ -223,3 +224,45 @@ class PublishedLayer:
     def __call__(self) -> Tensor:
         """Sum of the three terms."""
         return self.terms().sum()
+
+
+def build_published(
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, tuple[Statistics, ...]],
+    settings: PenaltySettings,
+    *,
+    skip_svd: bool = False,
+    snapshot: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> IntervalPenalty:
+    """The published penalty: closed form where it is the same number, else 1 x 1 images.
+
+    Args:
+        layers: Modules by name; others than Linear and Conv2d cost nothing and are not counted, as published.
+        statistics: Published statistics, one entry per layer.
+        settings: Lambda, normalisation and region options.
+        skip_svd: Statistics are raw coordinates.
+        snapshot: Weights and biases by parameter name; current ones when absent.
+        dtype: Precision of the penalty.
+        force: Never use the closed form.
+    """
+    counted = {n: m for n, m in layers.items() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    easy = {} if force else {n: m for n, m in counted.items() if exact(m)}
+    closed = build(easy, statistics, settings, conv="channels", snapshot=snapshot, dtype=dtype).layers
+    snapshot = snapshot or {}
+    values = {
+        n: closed[n]
+        if n in closed
+        else PublishedLayer(
+            m,
+            statistics[n][0],
+            skip_svd=skip_svd,
+            use_interval=settings.interval > 0,
+            dtype=dtype,
+            weight=snapshot.get(f"{n}.weight"),
+            bias=snapshot.get(f"{n}.bias"),
+        )
+        for n, m in counted.items()
+    }
+    return IntervalPenalty(values, settings)

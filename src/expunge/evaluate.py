@@ -1,0 +1,348 @@
+"""Before, after, controls and reference, measured the same way: the evidence."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from expunge import guards
+from expunge.digest import named_tensors
+from expunge.errors import CapabilityError, ExpungeError
+from expunge.metrics.accuracy import avg_gap, per_class_accuracy
+from expunge.metrics.classifier import measure_classifier, warnings_for
+from expunge.metrics.cost import run_time
+from expunge.metrics.estimate import Estimate, not_run
+from expunge.metrics.outputs import ClassifierOutputs
+from expunge.patch import Patch, apply, applied, revert
+from expunge.patch.patch import current_versions
+from expunge.recipe import Recipe
+from expunge.report.model import Histogram, Report, Role, Row
+from expunge.request import ForgetRequest, Label
+from expunge.run import unlearn
+from expunge.spaces.saliency import SaliencyMask
+from expunge.tasks.base import Split, Task
+from expunge.tasks.classifier import ClassifierTask
+
+GAP_KEYS = ("ua", "ra", "ta", "mia")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model to measure, as a patch on the base.
+
+    Args:
+        name: Shown name.
+        patch: ``None`` is the base itself.
+        role: ``after``, ``control``, ``baseline`` or ``reference``.
+        seconds: Wall-clock time of the run, if known.
+        note: What the reader has to know.
+        history: Step rows of the run.
+    """
+
+    name: str
+    patch: Patch | None
+    role: Role = "after"
+    seconds: float | None = None
+    note: str = ""
+    history: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+
+
+def controls(
+    task: Task, request: ForgetRequest, recipe: Recipe, *, seed: int = 0, progress: bool = False
+) -> list[Candidate]:
+    """Run the controls that apply to a recipe.
+
+    * ``lr = 0``: the same loop without a step. Shows what the loop does by itself (normalisation statistics).
+    * ``random mask``: for masked recipes, the same run with a random mask of the same size.
+
+    A control that fails is reported as such, never left out silently.
+    """
+    planned: list[tuple[str, Recipe, str]] = []
+    if recipe.objective is not None:
+        zero = recipe.replace(name=f"{recipe.name}, lr = 0", optim={"lr": 0.0})
+        planned.append(("lr = 0", zero, "the same loop without taking a step"))
+    if isinstance(recipe.space, SaliencyMask) and recipe.space.select == "top" and recipe.space.keep < 1:
+        space = SaliencyMask(**{**recipe.space.model_dump(), "select": "random", "file": None})
+        note = f"the same run with a random mask of the same size ({100 * recipe.space.keep:g} % of the weights)"
+        planned.append(("random mask", recipe.replace(name=f"{recipe.name}, random mask", space=space), note))
+    found = []
+    for name, variant, note in planned:
+        start = time.perf_counter()
+        try:
+            patch = unlearn(task, request, variant, seed=seed, allow_no_effect=True, progress=progress)
+        except ExpungeError as error:
+            found.append(Candidate(name, None, "control", note=f"not run: {error}"))
+            continue
+        found.append(Candidate(name, patch, "control", time.perf_counter() - start, note))
+    return found
+
+
+def outputs_of(task: ClassifierTask, split: Split) -> dict[str, ClassifierOutputs]:
+    """Logits of every role that an evaluation reads."""
+    found = {}
+    for role in ("forget", "retain", "test", "val", "forget_test"):
+        if role in split.roles():
+            logits, labels = task.logits(role, split)
+            found[role] = ClassifierOutputs(logits=logits, labels=labels, ids=split[role])
+    return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Outputs and figures of one model."""
+
+    outputs: dict[str, ClassifierOutputs]
+    metrics: dict[str, Estimate]
+
+
+def measure(
+    task: Task,
+    split: Split,
+    patch: Patch | None,
+    *,
+    class_wise: bool,
+    attacks: tuple[str, ...] = ("mia", "mia_threshold"),
+    seconds: float | None = None,
+    seed: int = 0,
+) -> Measured:
+    """Measure one model and leave the task's model as found.
+
+    Raises:
+        CapabilityError: The task's family has no metrics here.
+    """
+    if not isinstance(task, ClassifierTask):
+        raise CapabilityError(f"no evaluation is defined for the {task.name} task")
+    base = dict(named_tensors(task.model)[0])
+    metrics: dict[str, Estimate] = {}
+    if patch is not None:
+        facts = guards.effect(patch.changes, base)
+        metrics["weights_changed"] = Estimate(
+            100 * facts["share"], n=int(facts["total"]), unit="%", method="exact count"
+        )
+        metrics["patch_bytes"] = Estimate(patch.nbytes, unit="bytes", method="stored tensors")
+        apply(task.model, patch)
+    try:
+        outputs = outputs_of(task, split)
+    finally:
+        if patch is not None:
+            revert(task.model, patch)
+    found = measure_classifier(outputs, class_wise=class_wise, attacks=attacks, seed=seed)
+    if seconds is not None:
+        found["run_time"] = run_time(seconds)
+    return Measured(outputs, {**found, **metrics})
+
+
+def evaluate(
+    task: Task,
+    request: ForgetRequest,
+    candidates: Sequence[Candidate],
+    *,
+    title: str = "",
+    attacks: tuple[str, ...] = ("mia", "mia_threshold"),
+    seed: int = 0,
+    config: str = "",
+    undo: Sequence[str] = (),
+    model_name: str = "",
+    not_shown: Sequence[str] = (),
+) -> Report:
+    """Measure the base and every candidate and put the report together.
+
+    Args:
+        task: Model (the base, no patch applied) and data.
+        request: What was to be forgotten.
+        candidates: The first one with role ``after`` is the subject; the others are controls, baselines, reference.
+        title: Headline; made from the request by default.
+        attacks: Membership attacks: ``mia``, ``mia_threshold``, ``mia_svc``.
+        seed: Seed of the attacks' draws.
+        config: The configuration as text, for the reproducibility block.
+        undo: Commands that restore the original.
+        model_name: Shown name of the model.
+        not_shown: Further limits to state.
+
+    Raises:
+        CapabilityError: A patch is still applied, or the task has no metrics.
+    """
+    if applied(task.model):
+        raise CapabilityError("evaluate needs the base model: take the applied patches off with expunge.revert first")
+    split = task.split(request)
+    class_wise = isinstance(request.what, Label)
+    subject = next((c for c in candidates if c.role == "after"), None)
+    reference = next((c for c in candidates if c.role == "reference"), None)
+
+    def run(c: Candidate) -> Measured:
+        return measure(
+            task, split, c.patch, class_wise=class_wise, attacks=attacks, seconds=c.seconds, seed=seed
+        )
+
+    before = run(Candidate("untouched", None))
+    results: dict[str, Measured] = {}
+    rows = [Row("untouched", "before", before.metrics, "the model as it was")]
+    for candidate in candidates:
+        if candidate.patch is None:
+            missing = {k: not_run(candidate.note or "no patch") for k in ("ua", "ra", "ta")}
+            rows.append(Row(candidate.name, candidate.role, missing, candidate.note))
+            continue
+        results[candidate.name] = run(candidate)
+    oracle = results.get(reference.name) if reference is not None else None
+    for candidate in candidates:
+        measured = results.get(candidate.name)
+        if measured is not None:
+            metrics = {**measured.metrics, **_gap(measured, oracle)} if candidate is not reference else measured.metrics
+            rows.append(Row(candidate.name, candidate.role, metrics, candidate.note))
+    after = results.get(subject.name) if subject is not None else None
+    report = Report(
+        title=title or f"Forgetting {request.title}",
+        request=_request_facts(task, request, split),
+        base={"name": model_name or type(task.model).__name__, **_base_facts(task, candidates)},
+        rows=rows,
+        class_accuracy=_class_accuracy(task, split, {"before": before, "after": after, "reference": oracle}),
+        forgotten_classes=_forgotten(task, request),
+        confidence=_confidence(before, after),
+        history=[dict(r) for r in subject.history] if subject is not None else [],
+        not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"])), *not_shown],
+        undo=list(undo),
+        versions=current_versions(),
+        environment={"device": str(task.device), "threads": str(torch.get_num_threads()), "machine": platform.machine()},
+        seeds={"evaluation": seed},
+        digests={"request": request.digest, "data": task.data_digest()},
+        config=config,
+    )
+    if subject is not None and subject.patch is not None and after is not None:
+        _describe_patch(report, task, subject, subject.patch, after)
+        found = warnings_for(
+            after.outputs,
+            after.metrics,
+            before=before.metrics,
+            reference=oracle.metrics if oracle is not None else None,
+            class_wise=class_wise,
+        )
+        report.flags = [*found, *_control_flags(before, subject, candidates, results)]
+    return report
+
+
+def _gap(measured: Measured, oracle: Measured | None) -> dict[str, Estimate]:
+    if oracle is None:
+        return {}
+    values = [{k: m.metrics[k].value for k in GAP_KEYS if k in m.metrics} for m in (measured, oracle)]
+    missing = [k for k in GAP_KEYS if any(v.get(k) is None for v in values)]
+    if missing:
+        return {"avg_gap": not_run(f"{', '.join(missing)} was not measured")}
+    ours, theirs = ({k: float(v[k]) for k in GAP_KEYS if v[k] is not None} for v in values)
+    return {"avg_gap": Estimate(avg_gap(ours, theirs), n=1, unit="points", method="mean of four differences, one run")}
+
+
+def _request_facts(task: Task, request: ForgetRequest, split: Split) -> dict[str, Any]:
+    kind = "class" if isinstance(request.what, Label) else "random" if request.what.kind == "fraction" else "samples"
+    named = _forgotten(task, request)
+    return {
+        "summary": f"Make the model forget {request.title}" + (f" ({', '.join(named)})" if named else "") + ".",
+        "noun": "images",
+        "kind": kind,
+        "n_forget": len(split["forget"]),
+        "n_retain": len(split["retain"]),
+        "digest": request.digest,
+    }
+
+
+def _forgotten(task: Task, request: ForgetRequest) -> list[str]:
+    if not isinstance(request.what, Label) or not isinstance(task, ClassifierTask):
+        return []
+    from expunge.request import class_numbers
+
+    return [task.classes[c] for c in class_numbers(request.what.classes, task.classes)]
+
+
+def _base_facts(task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    tensors = named_tensors(task.model)[0].values()
+    weights = sum(t.numel() for t in tensors if isinstance(t, torch.nn.Parameter))
+    digest = next((c.patch.manifest.base_digest for c in candidates if c.patch is not None), "")
+    return {"digest": digest, "parameters": weights}
+
+
+def _class_accuracy(
+    task: Task, split: Split, models: Mapping[str, Measured | None]
+) -> dict[str, dict[str, Estimate]]:
+    names = task.classes if isinstance(task, ClassifierTask) else []
+    found = {}
+    for which, measured in models.items():
+        if measured is None:
+            continue
+        shown: dict[str, Estimate] = {}
+        for role in ("test", "forget_test"):
+            if role in measured.outputs:
+                shown |= {names[c]: e for c, e in per_class_accuracy(measured.outputs[role]).items()}
+        found[which] = {n: shown[n] for n in names if n in shown}
+    return found
+
+
+def _confidence(before: Measured, after: Measured | None) -> dict[str, Histogram]:
+    found = {}
+    for when, measured in (("before", before), ("after", after)):
+        if measured is not None:
+            for role in ("forget", "test", "retain"):
+                if role in measured.outputs:
+                    found[f"{role}_{when}"] = Histogram.of(measured.outputs[role].confidence)
+    return found
+
+
+def _limits(class_wise: bool, has_reference: bool, n_forget: int) -> list[str]:
+    limits = [
+        "Only the attacks listed were tried; another attack may still find traces of the forgotten data.",
+        "Whether a little further training brings the knowledge back (relearning) was not measured.",
+        "One run with one seed; intervals cover the sampling of images, not the variation between runs.",
+    ]
+    if not has_reference:
+        limits.insert(0, "No model retrained without the data was at hand, so 'as if never seen' could not be checked.")
+    if class_wise:
+        limits.append("The test accuracy leaves the forgotten class out; its test images are a row of their own.")
+    if n_forget < 100:
+        limits.append(f"The forget set has only {n_forget} samples; its figures have wide intervals.")
+    return limits
+
+
+def _describe_patch(report: Report, task: Task, subject: Candidate, patch: Patch, after: Measured) -> None:
+    base = named_tensors(task.model)[0]
+    layers = []
+    for name, change in patch.changes.items():
+        facts = guards.effect({name: change}, {name: base[name]})
+        layers.append(
+            {"name": name, "changed": int(facts["changed"]), "total": int(facts["total"]), "relative": facts["relative_norm"]}
+        )
+    report.recipe = dict(patch.manifest.recipe)
+    report.patch = {
+        "path": "patch.safetensors",
+        "bytes": patch.nbytes,
+        "digest": patch.digest,
+        "weights_changed": after.metrics["weights_changed"].value,
+        "layers": layers,
+        **({"seconds": subject.seconds} if subject.seconds is not None else {}),
+    }
+    report.seeds = {"run": patch.manifest.seed, **report.seeds}
+    report.digests = {"base": patch.manifest.base_digest, "patch": patch.digest, **report.digests}
+    report.not_shown += list(patch.manifest.notes)
+
+
+def _control_flags(
+    before: Measured, subject: Candidate, candidates: Sequence[Candidate], results: Mapping[str, Measured]
+) -> list[str]:
+    """Sentences where a control explains the effect as well as the method does."""
+    flags = []
+    after = results[subject.name].metrics["ua"]
+    for c in candidates:
+        if c.role != "control" or c.name not in results:
+            continue
+        ua, start = results[c.name].metrics["ua"], before.metrics["ua"]
+        moved = ua.overlaps(start) is False
+        if c.name == "lr = 0" and moved:
+            flags.append(
+                f"The control 'lr = 0' alone moves the forget set's error from {start.value:.1f} % to {ua.value:.1f} %: "
+                "normalisation statistics, not learning, explain that part."
+            )
+        elif c.name != "lr = 0" and moved and ua.overlaps(after) is not False:
+            flags.append(f"The control '{c.name}' forgets as much as the method within the intervals.")
+    return flags
