@@ -34,8 +34,20 @@ def combine(digests: Mapping[str, str]) -> str:
     return json_digest(dict(digests))
 
 
+#: What data-parallel wrappers put before every name.
+WRAPPER = "module."
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether all saved names of a model start with ``module.``."""
+    names = list(model.state_dict(keep_vars=True))
+    return bool(names) and all(n.startswith(WRAPPER) for n in names)
+
+
 def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     """All saved tensors of a model, each once, and the other names of those that are shared.
+
+    A leading ``module.`` that all names share (a data-parallel wrapper) is dropped.
 
     Returns:
         ``(tensors, aliases)``: live parameters and buffers under their first name, and for tied tensors the
@@ -44,7 +56,9 @@ def named_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, tuple[
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, tuple[str, ...]] = {}
     first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    prefix = WRAPPER if is_wrapped(model) else ""
+    for full_name, tensor in model.state_dict(keep_vars=True).items():
+        name = full_name.removeprefix(prefix)
         if not isinstance(tensor, Tensor):
             continue
         known = first.setdefault(id(tensor), name)

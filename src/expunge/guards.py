@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from expunge.context import Context
 from expunge.digest import tensor_digest
 from expunge.errors import CapabilityError, InvariantError, NoEffectError, RequestError
 from expunge.patch.changes import Change, Replace, accumulate_dtype
 from expunge.recipe import Recipe
 from expunge.registry import registry
-from expunge.spaces.base import OpenSpace, shared_partners
+from expunge.spaces.base import OpenSpace
 from expunge.tasks.base import Split, Task
 
 
@@ -62,10 +62,23 @@ def check_disjoint(split: Split) -> None:
         raise RequestError(f"{both} samples are in both the forget and the retain set")
 
 
-def warn_shared(model: nn.Module, names: list[str]) -> None:
-    """Warn when a selected tensor is also used under another name."""
-    for name, others in shared_partners(model, names).items():
-        warnings.warn(f"'{name}' is shared with {', '.join(others)}: they change together", stacklevel=3)
+@torch.no_grad()
+def check_label_space(ctx: Context, limit: int = 512) -> None:
+    """A classifier has one output per class, and it knows what it is to forget (else a note says so).
+
+    Raises:
+        RequestError: The model's outputs are not the data's classes.
+    """
+    classes = getattr(ctx.task, "n_classes", None)
+    if classes is None or not len(ctx.split["forget"]):
+        return
+    batch = ctx.task.load("forget", ctx.split["forget"][:limit], ctx.split)
+    logits = ctx.task.predict(batch)
+    if logits.ndim != 2 or logits.shape[1] != classes:
+        raise RequestError(f"the model has {list(logits.shape[1:])} outputs but the data have {classes} classes")
+    accuracy = float((logits.argmax(1) == batch.targets).float().mean())
+    if accuracy < max(0.1, 1 / classes):
+        ctx.note(f"forget accuracy is already {100 * accuracy:.0f} % before unlearning; the model may never have learnt it")
 
 
 def check_outside(
@@ -79,6 +92,18 @@ def check_outside(
     for name, digest in before.items():
         if name not in allowed and tensor_digest(now[name].detach().to(base[name].dtype)) != digest:
             raise InvariantError(f"'{name}' is outside the chosen space but changed during the run; nothing was saved")
+
+
+def check_within(changes: Iterable[str], space: OpenSpace) -> None:
+    """A one-shot edit changed only what its space names.
+
+    Raises:
+        InvariantError: Names the tensor outside.
+    """
+    allowed = set(space.base) | set(space.parameters)
+    outside = [n for n in changes if n not in allowed]
+    if outside:
+        raise InvariantError(f"the edit changed '{outside[0]}' ({len(outside)} in all), which its space does not name")
 
 
 def check_masked(space: OpenSpace) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from expunge import checkpoint
 from expunge.checkpoint import Position
 from expunge.context import Context
-from expunge.errors import DivergedError, ResourceError
+from expunge.errors import ConfigError, DivergedError, ResourceError
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.protections.base import Penalty
 from expunge.recipe import Optim
 from expunge.schedule import Step, chunks
 from expunge.spaces.base import OpenSpace
+from expunge.tasks.base import Batch
 from expunge.track import Tracker
 
 #: Called after every step with (step number starting at 1, model, optimiser).
@@ -52,14 +57,24 @@ def make_optimizer(settings: Optim, parameters: Mapping[str, nn.Parameter]) -> t
 
 
 def make_accelerator(precision: str) -> Any:
-    """An Accelerator of the wanted precision, also when an earlier run in this process used another."""
+    """An Accelerator of the wanted precision, also when an earlier run in this process used another.
+
+    In a distributed run a process waits ``EXPUNGE_TIMEOUT`` seconds (600) for the others before it fails.
+
+    Raises:
+        ConfigError: Half precision with loss scaling on the CPU.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ConfigError("precision 'fp16' needs an accelerator; on the CPU use 'fp32' or 'bf16'")
     wanted = {"fp32": "no"}.get(precision, precision)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=wanted)
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=float(os.environ.get("EXPUNGE_TIMEOUT", 600))))
+    return Accelerator(mixed_precision=wanted, kwargs_handlers=[timeout])
 
 
 class Loop:
@@ -105,10 +120,11 @@ class Loop:
             return
         for epoch in range(self.at.epoch, self.settings.epochs):
             if self._run_epoch(epoch):
-                return
+                break
             self.at.epoch, self.at.index = epoch + 1, 0
             if self.saving.every is None and epoch + 1 < self.settings.epochs:
                 self._checkpoint()
+        self._check_weights()
 
     def _run_epoch(self, epoch: int) -> bool:
         ctx, steps = self.ctx, self._steps(epoch)
@@ -123,7 +139,8 @@ class Loop:
             lr = self.settings.lr_at(epoch, self.at.step, self.total)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            row = {"step": self.at.step, "epoch": epoch, "lr": lr, **self._take(step)}
+            end = index + 1 == len(steps)
+            row = {"step": self.at.step, "epoch": epoch, "end_of_epoch": end, "lr": lr, **self._take(step)}
             ctx.history.append(row)
             self.tracker.row(row)
             self.at.step, self.at.index = self.at.step + 1, index + 1
@@ -141,29 +158,49 @@ class Loop:
     def _take(self, step: Step) -> dict[str, float]:
         """One optimiser step; after an out-of-memory error again with half the micro-batch."""
         while True:
-            cpu_rng = torch.get_rng_state()
+            draws = _random_states()
+            statistics = self._statistics()
             try:
-                return self._step(step)
+                logged = self._accumulate(step)
+                break
             except RuntimeError as error:
                 if not _is_oom(error):
                     raise
-                largest = max(len(ids) for ids in step.values())
-                micro = min(self.at.micro_batch or largest, largest)
-                self.optimizer.zero_grad(set_to_none=True)
-                if micro <= 1:
-                    raise ResourceError(
-                        f"out of memory at step {self.at.step} with one sample at a time; use a smaller model, a lower "
-                        f"precision or fewer trained layers ({error})"
-                    ) from None
-                self.at.micro_batch = micro // 2
-                self.ctx.note(f"out of memory at step {self.at.step}: micro-batch reduced to {self.at.micro_batch}")
-                torch.set_rng_state(cpu_rng)
-                if torch.cuda.is_initialized():
-                    torch.cuda.empty_cache()
+                self._halve(step, error)
+            _set_random_states(draws)
+            for name, value in statistics.items():
+                self.saving.buffers[name].copy_(value)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        try:
+            return self._update(logged)
+        except RuntimeError as error:
+            if not _is_oom(error):
+                raise
+            raise ResourceError(
+                f"out of memory in the optimiser at step {self.at.step}; use sgd or train fewer layers ({error})"
+            ) from None
 
-    def _step(self, step: Step) -> dict[str, float]:
-        optimizer, settings, ctx = self.optimizer, self.settings, self.ctx
-        optimizer.zero_grad(set_to_none=True)
+    def _statistics(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a forward pass moves, for a replay."""
+        return {n: b.clone() for n, b in self.saving.buffers.items()} if self.settings.norm == "train" else {}
+
+    def _halve(self, step: Step, error: RuntimeError) -> None:
+        largest = max(len(ids) for ids in step.values())
+        micro = min(self.at.micro_batch or largest, largest)
+        self.optimizer.zero_grad(set_to_none=True)
+        if micro <= 1:
+            raise ResourceError(
+                f"out of memory at step {self.at.step} with one sample at a time; use a smaller model, a lower "
+                f"precision or fewer trained layers ({error})"
+            ) from None
+        self.at.micro_batch = micro // 2
+        self.ctx.note(f"out of memory at step {self.at.step}: micro-batch reduced to {self.at.micro_batch}")
+
+    def _accumulate(self, step: Step) -> dict[str, Tensor]:
+        """Gradients of one step, summed over its pieces; of this process only. Data-free terms count once in all."""
+        ctx = self.ctx
+        self.optimizer.zero_grad(set_to_none=True)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         totals = {role: len(ids) for role, ids in step.items()}
         logged: dict[str, Tensor] = {}
@@ -172,12 +209,18 @@ class Loop:
             batches = {r: ctx.load(r, ctx.split[r][ids]) for r, ids in own.items() if len(ids)}
             with self.accelerator.autocast():
                 terms = self.losses(batches) if batches else {}
-            if number == 0:
-                data_free = {k: t for penalty in self.penalties for k, t in penalty().items()}
-                terms = {**terms, **{k: t._replace(values=t.values / world) for k, t in data_free.items()}}
-            loss = self._total(terms, totals, logged)
+            if number == 0 and rank == 0:
+                terms = {**terms, **{k: t for penalty in self.penalties for k, t in penalty().items()}}
+            else:
+                terms = {k: t for k, t in terms.items() if t.role is not None}
+            loss = self._total(terms, batches, totals, logged)
             if loss is not None and loss.requires_grad:
                 self.accelerator.backward(loss)
+        return logged
+
+    def _update(self, logged: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sum over processes, check, project, step."""
+        optimizer, settings, world = self.optimizer, self.settings, self.accelerator.num_processes
         parameters = list(self.space.parameters.values())
         if world > 1:
             for p in parameters:
@@ -186,6 +229,9 @@ class Loop:
         numbers = {k: float(v.detach()) for k, v in logged.items()}
         if world > 1:
             numbers = _sum_over_processes(numbers)
+            if settings.norm == "train":  # like data-parallel training: the first process's statistics count
+                for buffer in self.saving.buffers.values():
+                    torch.distributed.broadcast(buffer, 0)
         self._check_finite(numbers, "loss")
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
@@ -204,9 +250,17 @@ class Loop:
         self.space.after_step(optimizer)
         return numbers
 
-    def _total(self, terms: Mapping[str, Term], totals: Mapping[str, int], logged: dict[str, Tensor]) -> Tensor | None:
+    def _total(
+        self, terms: Mapping[str, Term], batches: Mapping[str, Batch], totals: Mapping[str, int], logged: dict[str, Tensor]
+    ) -> Tensor | None:
         loss: Tensor | None = None
         for name, term in terms.items():
+            shape = () if term.role is None else (len(batches[term.role]),) if term.role in batches else None
+            if term.values.shape != shape:
+                raise ConfigError(
+                    f"loss term '{name}' must hold one value per sample of a role of this step ({', '.join(batches)}), or "
+                    f"a single number with role None; got shape {list(term.values.shape)} for role {term.role!r}"
+                )
             value = term.values if term.role is None else term.values.sum() / totals[term.role]
             logged[name] = logged.get(name, 0) + value.detach()
             if term.weight != 0:
@@ -223,6 +277,14 @@ class Loop:
                 f"diverged at step {self.at.step}: {what} is not finite, term = {term}. Use a smaller learning rate, fewer "
                 "steps or gradient clipping; the model is left as it was"
             )
+
+    def _check_weights(self) -> None:
+        for name, parameter in self.space.parameters.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise DivergedError(
+                    f"diverged at step {self.at.step}: '{name}' has weights that are not finite. Use a smaller learning "
+                    "rate, fewer steps or gradient clipping; the model is left as it was"
+                )
 
     def _scaled_step(self, scaler: Any, numbers: dict[str, float]) -> None:
         before = scaler.get_scale()
@@ -241,6 +303,7 @@ class Loop:
     def _checkpoint(self) -> None:
         if self.saving.path is None or not self.accelerator.is_main_process:
             return
+        self._check_weights()
         self.tracker.flush()
         scaler = getattr(self.accelerator, "scaler", None)
         checkpoint.save(
@@ -282,4 +345,20 @@ def _sum_over_processes(numbers: dict[str, float]) -> dict[str, float]:
 
 
 def _is_oom(error: RuntimeError) -> bool:
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error).lower()
+    text = str(error).lower()
+    on_cpu = "allocat" in text and ("can't allocate memory" in text or "not enough memory" in text)
+    return isinstance(error, torch.OutOfMemoryError) or on_cpu
+
+
+def _random_states() -> tuple[Any, ...]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    python, numpy_state, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)

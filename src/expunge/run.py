@@ -15,10 +15,11 @@ from torch import Tensor
 from expunge import guards, rng
 from expunge.context import Context
 from expunge.digest import combine, json_digest, named_tensors, state_digests
-from expunge.errors import ConfigError, ResourceError
-from expunge.files import atomic_write
+from expunge.errors import ArtifactError, ConfigError, NoEffectError, ResourceError
+from expunge.files import atomic_write, sha256_file
 from expunge.loop import Loop, OnStep, Saving, make_accelerator
 from expunge.patch import Manifest, Patch, Replace
+from expunge.patch.apply import applied
 from expunge.patch.apply import apply as apply_patch
 from expunge.patch.changes import Change
 from expunge.patch.patch import current_versions
@@ -75,6 +76,8 @@ def unlearn(
         InvariantError: A weight outside the space moved.
         ConfigError: The run folder belongs to a run with other settings.
     """
+    if inplace and applied(task.model):
+        raise ConfigError("the model carries applied patches; `revert` them, or make them permanent with `settle`, first")
     split = task.split(request)
     guards.check_disjoint(split)
     patch = execute(
@@ -119,21 +122,36 @@ def execute(
     with run_folder(folder, identity) as finished:
         if finished is not None:
             patch = finished
+            if not len(patch) and not allow_no_effect:
+                raise NoEffectError(f"{folder} holds a finished run that changed nothing")
         else:
             ctx = Context(task, split, seed, augment=recipe.optim.augment)
             ctx.notes.extend(split.notes)
             saving = Saving(folder / CHECKPOINT if folder else None, checkpoint_every, json_digest(identity))
-            with as_found(task.model) as base, Tracker(folder, trackers, identity, progress) as tracker:
+            with as_found(task.model) as base, _tracker(folder, trackers, identity, progress) as tracker:
                 changes = _work(ctx, recipe, base, digests, saving, tracker, on_step)
             if not allow_no_effect:
                 facts = guards.check_effect(changes, base, recipe)
                 if facts["share"] < 1e-6:
                     ctx.note(f"only {int(facts['changed'])} weights changed")
             patch = _patch(changes, ctx, request, recipe, digests, aliases)
-            if folder is not None:
+            if folder is not None and is_main_process():
                 patch.save(folder / PATCH)
                 (folder / CHECKPOINT).unlink(missing_ok=True)
+            wait_for_everyone()
     return patch
+
+
+def _tracker(
+    folder: Path | None, trackers: Sequence[TrackerName], identity: dict[str, Any], progress: bool
+) -> Tracker:
+    return Tracker(folder, trackers, identity, progress, read_only=not is_main_process())
+
+
+def wait_for_everyone() -> None:
+    """Let all processes of a distributed run meet, so that none reads what the first has not written yet."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _work(
@@ -155,11 +173,14 @@ def _work(
             tensor.data = tensor.data.float()
     buffers = {n: t for n, t in named_tensors(model)[0].items() if not isinstance(t, torch.nn.Parameter)}
     model.eval()
+    if not recipe.from_scratch:
+        guards.check_label_space(ctx)
     space = recipe.space.open(ctx)
     try:
-        guards.warn_shared(model, [n for n in space.parameters if n in base])
         if recipe.edit is not None:
-            return recipe.edit.compute(ctx, space)
+            changes = recipe.edit.compute(ctx, space)
+            guards.check_within(changes, space)
+            return changes
         assert recipe.objective is not None
         losses = recipe.objective.bind(ctx)
         penalties = [p.bind(ctx, space) for p in recipe.protections]
@@ -241,7 +262,21 @@ def _identity(task: Task, request: ForgetRequest, recipe: Recipe, seed: int, dig
         "seed": seed,
         "base": combine(digests),
         "data": task.data_digest(),
+        "files": {path: sha256_file(path) for path in _files(recipe.describe()) if Path(path).is_file()},
     }
+
+
+def _files(settings: Any) -> list[str]:
+    """Paths under the key ``file`` anywhere in a recipe: their content belongs to the run's identity."""
+    if isinstance(settings, dict):
+        own = [settings["file"]] if isinstance(settings.get("file"), str) else []
+        return own + [f for v in settings.values() for f in _files(v)]
+    return [f for v in settings for f in _files(v)] if isinstance(settings, list) else []
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the run folder: rank 0 of a distributed run, or the only process."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -259,19 +294,30 @@ def run_folder(folder: Path | None, identity: dict[str, Any]) -> Iterator[Patch 
     with _lock(folder / LOCK):
         known = folder / RUN
         if known.exists():
-            differing = differences(json.loads(known.read_text(encoding="utf-8"))["identity"], identity)
+            differing = differences(_read_identity(known), identity)
             if differing:
                 raise ConfigError(
                     f"{folder} holds a run with other settings: {'; '.join(differing[:5])}. Choose another folder or remove it"
                 )
-        else:
+        elif is_main_process():
             atomic_write(known, json.dumps({"identity": identity, "versions": current_versions()}, indent=2))
         done = folder / PATCH
         yield Patch.load(done) if done.exists() else None
 
 
+def _read_identity(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: not the record of a run ({error}); remove the folder or choose another") from None
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
+    """Hold the folder; the other processes of a distributed run share the first one's lock."""
+    if not is_main_process():
+        yield
+        return
     import fcntl
 
     with path.open("a+") as handle:
@@ -283,6 +329,8 @@ def _lock(path: Path) -> Iterator[None]:
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
+        for stale in path.parent.glob(".*.tmp"):  # a process was killed while writing
+            stale.unlink()
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from expunge.errors import ArtifactError, CapabilityError
+from expunge.files import atomic_write
 
 TrackerName = Literal["tensorboard", "wandb"]
 log = logging.getLogger("expunge")
@@ -72,6 +74,7 @@ class Tracker:
         sinks: Optional trackers.
         config: What to tell the trackers about the run.
         progress: Show a progress bar on the terminal.
+        read_only: Only read the earlier rows (every process but the first of a distributed run).
     """
 
     def __init__(
@@ -80,13 +83,16 @@ class Tracker:
         sinks: Sequence[TrackerName] = (),
         config: Mapping[str, Any] | None = None,
         progress: bool = False,
+        read_only: bool = False,
     ) -> None:
+        self._read_only = read_only
+        sinks = () if read_only else sinks
         self._path = folder / "log.jsonl" if folder is not None else None
         self._file: Any = None
         self._sinks: list[Sink] = []
         self._bar: Any = None
         self._task: Any = None
-        self._want_bar = progress and sys.stderr.isatty()
+        self._want_bar = progress and sys.stderr.isatty() and not read_only
         for name in sinks:
             if folder is None:
                 raise CapabilityError(f"the {name} tracker needs a run folder")
@@ -104,10 +110,11 @@ class Tracker:
         """Begin at step ``done``; earlier rows are kept and returned, later ones (of a killed run) are dropped."""
         rows: list[dict[str, Any]] = []
         if self._path is not None:
-            if done and self._path.exists():
-                rows = [r for r in read_log(self._path, tolerate_tail=True) if r["step"] < done]
-            self._path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-            self._file = self._path.open("a", encoding="utf-8")
+            if done:
+                rows = self._known(done)
+            if not self._read_only:
+                atomic_write(self._path, "".join(json.dumps(r) + "\n" for r in rows))
+                self._file = self._path.open("a", encoding="utf-8")
         if self._want_bar:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -116,6 +123,15 @@ class Tracker:
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task("unlearning", total=total, completed=done)
+        return rows
+
+    def _known(self, done: int) -> list[dict[str, Any]]:
+        assert self._path is not None
+        rows = []
+        if self._path.exists():
+            rows = [r for r in read_log(self._path, tolerate_tail=True) if r["step"] < done]
+        if len(rows) != done:  # a stop rule would see another history than the run that was interrupted
+            raise ArtifactError(f"{self._path} has {len(rows)} of the {done} steps before the checkpoint; remove the run folder")
         return rows
 
     def row(self, row: Mapping[str, Any]) -> None:
@@ -136,6 +152,7 @@ class Tracker:
         """Bring the lines to disk (before a checkpoint that refers to them)."""
         if self._file is not None:
             self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Stop the bar and close everything."""

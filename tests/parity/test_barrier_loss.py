@@ -273,7 +273,9 @@ def test_forward_diffusion(path: Path) -> None:
         x, draws = case.tensors[f"input.{i}.x"], case.tensors[f"replay.{i}.t_draws"]
         t = antithetic_timesteps(draws, x.shape[0], case.hyper["num_timesteps"])
         case.expect(f"expected.{i}.t", t.float())
-        case.expect(f"expected.{i}.x_t", noised(2 * x - 1, case.tensors[f"replay.{i}.noise"], case.tensors["input.betas"], t))
+        case.expect(
+            f"expected.{i}.x_t", noised(2 * x - 1, case.tensors[f"replay.{i}.noise"], case.tensors["input.betas"], t)
+        )
     case.finish()
 
 

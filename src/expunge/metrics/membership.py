@@ -162,8 +162,8 @@ def auc(higher: np.ndarray, lower: np.ndarray) -> Estimate:
         return abs(value - t) - z * math.sqrt(variance)
 
     edge = 1e-12
-    low = brentq(excess, edge, value) if value > edge and excess(edge) > 0 else 0.0
-    high = brentq(excess, value, 1 - edge) if value < 1 - edge and excess(1 - edge) > 0 else 1.0
+    low = brentq(excess, edge, min(value, 1 - edge)) if value > edge and excess(edge) > 0 else 0.0
+    high = brentq(excess, max(value, edge), 1 - edge) if value < 1 - edge and excess(1 - edge) > 0 else 1.0
     return Estimate(value, min(low, value), max(high, value), min(m, n), "", "AUC, Newcombe 95 % interval")
 
 

@@ -14,12 +14,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from expunge.digest import combine, named_tensors, state_digests, tensor_digest
+from expunge.digest import WRAPPER, combine, is_wrapped, named_tensors, state_digests, tensor_digest
 from expunge.errors import ArtifactError
-from expunge.patch.changes import Sparse, accumulate_dtype
+from expunge.patch.changes import Change, Sparse, accumulate_dtype
 from expunge.patch.patch import Patch
-
-_PREFIX = "module."
 
 
 @dataclass
@@ -39,8 +37,11 @@ def materialise(name: str, base: Tensor, patches: Sequence[Patch]) -> Tensor:
     Elements that no patch changes keep their bits (also -0.0).
 
     Raises:
-        ArtifactError: Two patches touch a tensor that one of them replaces.
+        ArtifactError: Two patches touch a tensor that one of them replaces, or a change does not fit the tensor.
     """
+    for patch in patches:
+        if name in patch.changes:
+            _check_fits(name, base, patch[name])
     changes = [p[name] for p in sorted(patches, key=lambda p: p.digest) if name in p.changes]
     if any(not c.additive for c in changes):
         if len(changes) > 1:
@@ -58,6 +59,13 @@ def materialise(name: str, base: Tensor, patches: Sequence[Patch]) -> Tensor:
             acc += delta
             touched |= delta != 0
     return torch.where(touched, acc.to(base.dtype), base)
+
+
+def _check_fits(name: str, base: Tensor, change: Change) -> None:
+    if change.shape != tuple(base.shape):
+        raise ArtifactError(f"'{name}' has shape {list(base.shape)} but its change has {list(change.shape)}")
+    if change.additive and not base.is_floating_point():
+        raise ArtifactError(f"'{name}' holds {base.dtype} and can only be replaced, not added to")
 
 
 def check_base(digests: Mapping[str, str], patch: Patch) -> None:
@@ -100,15 +108,25 @@ def apply(model: nn.Module, *patches: Patch) -> nn.Module:
         ArtifactError: Wrong base, a patch applied twice, or two patches in conflict; the tensor is named.
     """
     record = _records.get(model)
-    tensors = _strip(named_tensors(model)[0])
+    tensors = named_tensors(model)[0]
+    if is_wrapped(model):
+        warnings.warn(
+            f"all tensor names start with '{WRAPPER}' (a data-parallel wrapper); matched without it", stacklevel=2
+        )
     if record is None:
         record = _Record({}, state_digests(tensors), {}, [])
-    _check_untouched(tensors, record)
+    else:  # also tensors that no patch has changed yet: the next one may
+        _check_untouched(tensors, {**record.digests, **record.patched})
     combined = list(record.patches)
     for patch in patches:
         if any(patch.digest == p.digest for p in combined):
             raise ArtifactError(
                 f"patch {patch.digest[:12]} (first tensor '{next(iter(patch), '-')}') is already applied"
+            )
+        if record.patches and patch.manifest.base_digest == combine({**record.digests, **record.patched}):
+            raise ArtifactError(
+                f"patch {patch.digest[:12]} was made on this model with other patches applied; `revert` cannot take those "
+                "off again beneath it. Make them permanent with `settle` first"
             )
         check_base(record.digests, patch)
         combined.append(patch)
@@ -129,8 +147,8 @@ def revert(model: nn.Module, *patches: Patch) -> nn.Module:
             "this model object carries no applied patch. If it was loaded from a patched file, use `expunge revert` with "
             "the undo file, or load the base again"
         )
-    tensors = _strip(named_tensors(model)[0])
-    _check_untouched(tensors, record)
+    tensors = named_tensors(model)[0]
+    _check_untouched(tensors, record.patched)
     dropped = {p.digest for p in patches} if patches else {p.digest for p in record.patches}
     unknown = dropped - {p.digest for p in record.patches}
     if unknown:
@@ -154,7 +172,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the model's tensors without any applied patch."""
     record = _records.get(model)
     saved = record.base if record else {}
-    return {n: saved.get(n, t).detach().clone() for n, t in _strip(named_tensors(model)[0]).items()}
+    return {n: saved.get(n, t).detach().clone() for n, t in named_tensors(model)[0].items()}
 
 
 def stack(base: Mapping[str, Tensor], *patches: Patch) -> dict[str, Tensor]:
@@ -184,19 +202,10 @@ def _is_alias(name: str, patches: Sequence[Patch]) -> bool:
     return any(name in names for p in patches for names in p.manifest.aliases.values())
 
 
-def _strip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if tensors and all(n.startswith(_PREFIX) for n in tensors):
-        warnings.warn(
-            f"all tensor names start with '{_PREFIX}' (a data-parallel wrapper); matched without it", stacklevel=3
-        )
-        return {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
-    return tensors
-
-
-def _check_untouched(tensors: Mapping[str, Tensor], record: _Record) -> None:
-    for name, digest in record.patched.items():
-        if tensor_digest(tensors[name]) != digest:
-            raise ArtifactError(f"'{name}' was modified after its patch was applied; reload the base model")
+def _check_untouched(tensors: Mapping[str, Tensor], expected: Mapping[str, str]) -> None:
+    for name, digest in expected.items():
+        if name not in tensors or tensor_digest(tensors[name]) != digest:
+            raise ArtifactError(f"'{name}' was modified after a patch was applied; reload the base model")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -99,8 +100,12 @@ class Sparse(Change):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.mask.shape)
 
+    @cached_property
+    def _packed(self) -> Tensor:
+        return pack_mask(self.mask)
+
     def tensors(self) -> dict[str, Tensor]:
-        return {"mask": pack_mask(self.mask), "values": self.values}
+        return {"mask": self._packed, "values": self.values}
 
     def dense(self) -> Tensor:
         out = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)

@@ -105,7 +105,7 @@ class Patch:
     def digest(self) -> str:
         """SHA-256 over the base and every stored tensor: the identity of the patch."""
         tensors = {
-            f"{n}::{part}": f"{c.kind}:{tensor_digest(t)}"
+            f"{n}::{part}": f"{c.kind}:{c.shape}:{tensor_digest(t)}"
             for n, c in self.changes.items()
             for part, t in c.tensors().items()
         }
@@ -155,6 +155,7 @@ class Patch:
             "changes": {n: c.meta() for n, c in self.changes.items()},
             "digest": self.digest,
         }
+        header["header_digest"] = json_digest(header)
         atomic_save_safetensors(path, tensors, {_HEADER_KEY: json.dumps(header, sort_keys=True)})
         return Path(path)
 
@@ -167,12 +168,14 @@ class Patch:
         """
         header, tensors = _read(Path(path))
         try:
+            if header["manifest"]["format"] > FORMAT:
+                raise ArtifactError(
+                    f"it has format {header['manifest']['format']}; this version reads up to {FORMAT}: update expunge"
+                )
+            if header.pop("header_digest") != json_digest(header):
+                raise ArtifactError("its header does not match its digest; the file was altered or damaged")
             manifest = Manifest(**header["manifest"])
             metas: dict[str, dict[str, Any]] = header["changes"]
-            if manifest.format > FORMAT:
-                raise ArtifactError(
-                    f"it has format {manifest.format}; this version reads up to {FORMAT}: update expunge"
-                )
             grouped: dict[str, dict[str, Tensor]] = {n: {} for n in metas}
             for key, tensor in tensors.items():
                 name, _, part = key.rpartition("::")

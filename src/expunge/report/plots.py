@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,9 @@ def _style(name: str) -> Iterator[None]:
     import matplotlib
 
     settings: Any = {**_STYLE, "svg.hashsalt": f"expunge-{name}"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Text stays text in the SVG: the reader's fonts draw it, so glyphs that are missing here do not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
@@ -137,22 +140,20 @@ def class_accuracy(report: Report) -> str | None:
         for y, name in enumerate(names):
             if name in report.forgotten_classes:
                 axis.axhspan(y - 0.5, y + 0.5, color=COLOURS["forget"], alpha=0.10, lw=0)
-            a, b = before[name].value, after[name].value
-            if a is not None and b is not None:
-                axis.plot([a, b], [y, y], color="#c3c9d0", lw=2, zorder=1)
-        for key, found in (("before", before), ("after", after)):
+        for key, shift, found in (("before", -0.13, before), ("after", 0.13, after)):
             for y, name in enumerate(names):
                 e = found[name]
                 if e.value is None:
                     continue
                 if e.low is not None and e.high is not None:
-                    axis.plot([e.low, e.high], [y, y], color=COLOURS[key], lw=1.6, alpha=0.45)
+                    axis.plot([e.low, e.high], [y + shift] * 2, color=COLOURS[key], lw=1.6, alpha=0.5)
                 label = key if y == 0 else None
-                axis.plot(e.value, y, MARKERS[key], color=COLOURS[key], ms=6.5, label=label, zorder=3)
+                axis.plot(e.value, y + shift, MARKERS[key], color=COLOURS[key], ms=6.5, label=label, zorder=3)
         ticks = [clean(n, 28) + (" (forgotten)" if n in report.forgotten_classes else "") for n in names]
         axis.set_yticks(range(len(names)), ticks)
         axis.set_ylim(len(names) - 0.5, -0.5)
-        least = min(e.low for found in (before, after) for n, e in found.items() if n in names and e.low is not None)
+        ends = [e.low for found in (before, after) for n, e in found.items() if n in names and e.low is not None]
+        least = min(ends, default=0.0)
         axis.set_xlim(-2 if least < 45 else least - 5, 102)
         axis.set_xlabel("accuracy, %")
         axis.grid(axis="y", visible=False)
@@ -195,8 +196,8 @@ def confidence(report: Report) -> str | None:
 
 def _bin_names(edges: tuple[float, ...]) -> list[str]:
     texts = [f"{100 * e:g}" for e in edges]
-    middle = [f"{a} to {b}" for a, b in itertools.pairwise(texts[1:-1])]
-    return [f"below {texts[1]}", *middle, f"above {texts[-2]}"]
+    middle = [f"{a}\u2013{b}" for a, b in itertools.pairwise(texts[1:-1])]
+    return [f"< {texts[1]}", *middle, f"> {texts[-2]}"]
 
 
 def curves(report: Report) -> str | None:

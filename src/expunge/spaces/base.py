@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -89,7 +90,8 @@ class Space(Part):
 def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
     """Parameters whose name, or whose module's name, matches a glob pattern, each tied tensor once.
 
-    ``fc`` selects ``fc.weight`` and ``fc.bias``; ``layer3.*`` everything below; ``*.bias`` all biases.
+    ``fc`` selects ``fc.weight`` and ``fc.bias``; ``layer3.*`` everything below; ``*.bias`` all biases. A tied tensor
+    selected under some of its names only is a warning that gives the others.
 
     Raises:
         RequestError: A pattern matches no parameter; close names are suggested.
@@ -97,23 +99,23 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
     tensors, aliases = named_tensors(model)
     own = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}
     chosen: dict[str, nn.Parameter] = {}
+    named: dict[str, set[str]] = {}
     for pattern in patterns:
         hits = {}
         for name, parameter in own.items():
-            names = (name, *aliases.get(name, ()))
-            if any(_matches(n, pattern) for n in names):
+            matched = {n for n in (name, *aliases.get(name, ())) if _matches(n, pattern)}
+            if matched:
                 hits[name] = parameter
+                named.setdefault(name, set()).update(matched)
         if not hits:
             modules = sorted({n.rpartition(".")[0] for n in own} | set(own))
             raise RequestError(f"'{pattern}' matches none of {len(own)} parameters{did_you_mean(pattern, modules)}")
         chosen.update(hits)
+    for name, matched in named.items():
+        others = {name, *aliases.get(name, ())} - matched
+        if others:
+            warnings.warn(f"'{sorted(matched)[0]}' is shared with {', '.join(sorted(others))}: they change together", stacklevel=2)
     return {n: p for n, p in own.items() if n in chosen}
-
-
-def shared_partners(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Other names of selected tied tensors, for a warning."""
-    aliases = named_tensors(model)[1]
-    return {n: aliases[n] for n in names if n in aliases}
 
 
 def _matches(name: str, pattern: str) -> bool:

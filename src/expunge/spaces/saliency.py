@@ -16,6 +16,9 @@ from expunge.saliency import Mask, Select, make_mask, saliency_scores
 from expunge.spaces.base import DirectSpace, OpenSpace, Space, select_parameters
 
 
+Freeze = Literal["weights", "arithmetic", "gradient"]
+
+
 class MaskedSpace(DirectSpace):
     """Weights restricted to a mask by projection: gradients before the step, weights and momentum after it."""
 
@@ -23,7 +26,7 @@ class MaskedSpace(DirectSpace):
         self,
         parameters: dict[str, nn.Parameter],
         mask: Mask,
-        freeze: Literal["weights", "gradient"] = "weights",
+        freeze: Freeze = "weights",
         residual: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(parameters)
@@ -34,7 +37,7 @@ class MaskedSpace(DirectSpace):
         self._partial = [n for n, m in self._masks.items() if not bool(m.all())]
 
     def mask(self, name: str) -> Tensor | None:
-        """The mask of a parameter; with gradient-only masking nothing is promised, so everything may change."""
+        """The mask of a parameter; the published ways of freezing promise nothing, so there everything may change."""
         return self._masks[name] if self._freeze == "weights" else None
 
     def before_step(self) -> None:
@@ -56,7 +59,10 @@ class MaskedSpace(DirectSpace):
             return
         for name in self._partial:
             parameter, mask = self.parameters[name], self._masks[name]
-            torch.where(mask, parameter, self.base[name], out=parameter)
+            if self._freeze == "weights":
+                torch.where(mask, parameter, self.base[name], out=parameter)
+            else:
+                parameter.copy_(parameter * mask + self.base[name] * ~mask)
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.masked_fill_(~mask, 0)
@@ -87,7 +93,8 @@ class SaliencyMask(Space):
         select: ``top``, or the controls ``bottom`` and ``random`` of equal size.
         reduction: See :func:`expunge.saliency.saliency_scores`.
         rounding: See :func:`expunge.saliency.count_ones`.
-        freeze: ``weights`` (bit-exact), or ``gradient`` as in the code before commit a6e89fd (weights drift by decay).
+        freeze: ``weights`` (bit-exact); ``arithmetic`` as in commit a6e89fd, ``theta m + theta_o (1 - m)``, which loses
+            the sign of -0.0 and turns infinity into NaN; ``gradient`` as before it (weights drift by decay).
         residual: Add the last mask batch's gradient to the first step, as DeepDive does.
         batch_size: Samples per backward pass.
         file: Use this saved mask instead of computing one.
@@ -99,7 +106,7 @@ class SaliencyMask(Space):
     select: Select = "top"
     reduction: Literal["sample_mean", "batch_mean_sum"] = "sample_mean"
     rounding: Literal["as_intended", "as_published"] = "as_intended"
-    freeze: Literal["weights", "gradient"] = "weights"
+    freeze: Freeze = "weights"
     residual: bool = False
     batch_size: int = Field(default=256, ge=1)
     file: str | None = None

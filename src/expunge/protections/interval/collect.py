@@ -160,13 +160,15 @@ def collect(
     """
     if retain is None and settings.retain_moments:
         raise RequestError("retain statistics need a retain set; name one or set retain_weight to 0")
-    for share in (True, False):
+    share = quick = True
+    while True:
         first = _FirstPass(settings, share)
         try:
-            run(model, layers, first.observe, forget(), forward, first.end_batch)
-            break
+            if run(model, layers, first.observe, forget(), forward, first.end_batch, stop_early=quick):
+                break
+            quick = False
         except _UnsharedError:
-            continue
+            share = False
     silent = [n for n in layers if n not in first.gathered and n not in first.leader]
     if silent:
         raise DataError(f"layers {silent} were not called while the forget set was passed; remove them from targets")
@@ -215,6 +217,7 @@ def _finish(name: str, gathered: _Gathered, settings: CollectSettings) -> list[t
         bounds = box(z.double(), settings.lower, settings.upper, settings.margin)
         if basis.shape[0]:
             frame.extremes.update(z)
+        residual = residual.to(scatter.compute)
         stats = Statistics(
             mean, basis, sigma, *bounds, residual, r, scatter.n, rank, quantile_rows=sample.rows().shape[0]
         )

@@ -1,0 +1,56 @@
+"""What several methods share: schedules by name and objectives by name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from expunge.objectives.base import Objective
+from expunge.recipe import Optim
+from expunge.schedule import Paired, Schedule, Sequential, Single
+
+#: How forget and retain batches interleave.
+Mixing = Literal["sequential", "mixed", "forget_only", "paired"]
+#: ``as_intended``: what the paper's mathematics gives. ``as_published``: what its code computes.
+Profile = Literal["as_intended", "as_published"]
+
+SALUN_PAPER = "Fan et al., SalUn, ICLR 2024, arXiv 2310.12508"
+SALUN_CODE = "OPTML-Group/Unlearn-Saliency"
+SALUN_COMMIT = "a6e89fd"
+DEEPDIVE_CODE = "lorenzoorsingher/SalUn_DeepDive"
+DEEPDIVE_COMMIT = "8277bbe"
+
+
+def make_schedule(mixing: Mixing, batch_size: int, *, shuffle: bool = True) -> Schedule:
+    """Build the schedule that a mixing name stands for."""
+    if mixing == "sequential":
+        return Sequential(batch_size=batch_size, shuffle=shuffle)
+    if mixing == "paired":
+        return Paired(batch_size=batch_size, shuffle=shuffle)
+    return Single(role="mixed" if mixing == "mixed" else "forget", batch_size=batch_size, shuffle=shuffle)
+
+
+def make_objective(
+    on: str, mixing: Mixing | None, batch_size: int, *, exclude_true: bool = True, alpha: float = 1.0
+) -> Objective:
+    """Build an objective by name with a schedule, its customary one if ``mixing`` is ``None``.
+
+    Raises:
+        ConfigError: No objective has this name.
+    """
+    spec: dict[str, Any] = {"kind": on}
+    if on == "random_label":
+        spec |= {"schedule": make_schedule(mixing or "sequential", batch_size)}
+        spec |= {"exclude_true": exclude_true, "alpha": alpha}
+    elif on == "neg_grad_plus":
+        spec |= {"schedule": make_schedule(mixing or "paired", batch_size), "alpha": alpha}
+    elif on == "gradient_ascent":
+        spec |= {"schedule": make_schedule("forget_only", batch_size)}
+    elif on == "fine_tune":
+        spec |= {"schedule": Single(role="retain", batch_size=batch_size)}
+    objective: Objective = Objective.parse(spec)
+    return objective
+
+
+def as_trained(optim: Optim, profile: Profile) -> Optim:
+    """Let normalisation layers update their statistics where the published code does."""
+    return optim if profile == "as_intended" else optim.model_copy(update={"norm": "train"})
