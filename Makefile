@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
-RUN ?= demo-run
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

@@ -4,7 +4,7 @@
 >>> request = expunge.ForgetRequest.label(0)
 >>> request.title
 'class 0'
-"""  # noqa: D213
+"""
 
 from __future__ import annotations
 
@@ -41,7 +41,29 @@ _PUBLIC = {
     "unlearn": "expunge.run",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "ClassifierTask",
+    "DataSpec",
+    "ForgetRequest",
+    "Manifest",
+    "ModelSpec",
+    "Normalize",
+    "Optim",
+    "Patch",
+    "Recipe",
+    "Report",
+    "__version__",
+    "apply",
+    "build_model",
+    "build_recipe",
+    "evaluate",
+    "fit",
+    "load_data",
+    "registry",
+    "revert",
+    "stack",
+    "unlearn",
+]
 
 if TYPE_CHECKING:
     from expunge.data import DataSpec, load_data

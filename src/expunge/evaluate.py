@@ -18,7 +18,7 @@ from expunge.metrics.classifier import measure_classifier, warnings_for
 from expunge.metrics.cost import run_time
 from expunge.metrics.estimate import Estimate, not_run
 from expunge.metrics.outputs import ClassifierOutputs
-from expunge.patch import Patch, apply, applied, revert
+from expunge.patch import Patch, applied, apply, revert
 from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
 from expunge.report.model import Histogram, Report, Role, Row

@@ -112,7 +112,8 @@ class Case:
         return model.to(self.dtype)
 
     def mask(self, prefix: str = "mask.") -> dict[str, Tensor]:
-        return {n[len(prefix) :]: t.bool() for n, t in self.tensors.items() if n.startswith(prefix)}
+        names = [e["name"] for e in self.meta["model"]["parameter_order"]]
+        return {n: self.tensors[prefix + n].bool() for n in names if prefix + n in self.tensors}
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -124,8 +125,8 @@ class Case:
         else:
             parts = [r for r in ("forget", "retain") if f"input.x_{r}" in t]
             x, y = (torch.cat([t[f"input.{k}_{r}"] for r in parts]) for k in "xy")
-            forget = list(range(len(t["input.x_forget"])))
-            if len(x) == len(forget):  # these methods never look at the retain set, but there has to be one
+            forget = list(range(len(t["input.x_forget"]))) if "forget" in parts else [len(x)]
+            if len(parts) == 1:  # such a method never looks at the other set, but there has to be one
                 x, y = torch.cat([x, torch.zeros_like(x[:1])]), torch.cat([y, y[:1]])
         x = x if x.ndim == 4 else x[:, None, None, :]
         n_classes = self.tensors[f"init.{self.meta['model']['parameter_order'][-1]['name']}"].numel()

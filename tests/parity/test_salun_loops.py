@@ -10,6 +10,7 @@ from replay import Case, cases, run_case, runs, save_mask
 from torch import Tensor, nn
 
 from expunge.context import Context
+from expunge.errors import ConfigError
 from expunge.method import build_recipe
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest
@@ -188,8 +189,13 @@ def test_selection(path: Path) -> None:
         for row, ratio in enumerate(case.hyper["ratios"]):
             k = count_ones(len(scores), ratio, rule)
             assert k == int(case.tensors[f"expected.{name}.k"][row])
-            got, gamma = top_k(scores, k)
             want = case.tensors[f"expected.{name}.masks"][row].bool()
+            if k == 0:  # an empty mask is refused: nothing could change
+                assert not want.any()
+                with pytest.raises(ConfigError, match="got 0"):
+                    top_k(scores, k)
+                continue
+            got, gamma = top_k(scores, k)
             assert int(got.sum()) == k
             if case.published and not vector["lowest_index_wins"]:
                 untied = scores != gamma
@@ -253,8 +259,14 @@ def test_a_different_loop_is_noticed(number: int) -> None:
 def test_a_wrong_label_is_noticed() -> None:
     path = next(c for c in runs("random_label") if "mask" not in c.id and c.id.endswith("f64")).values[0]
     case = Case(path)
-    step = next(s for s in case.replay["steps"] if s["source"] == "forget")
-    step["labels"][0] = (step["labels"][0] + 1) % case.hyper["num_classes"]
+    forget = len(case.tensors["input.x_forget"])
+    step, at = next(
+        (s, i)
+        for s in case.replay["steps"]
+        for i, index in enumerate(s["indices"])
+        if s["source"] == "forget" or (s["source"] == "mixed" and index < forget)
+    )
+    step["labels"][at] = (step["labels"][at] + 1) % case.hyper["num_classes"]
     with pytest.raises(AssertionError, match="off by"):
         run_case(case, method("random_label", profile="as_published"))
 

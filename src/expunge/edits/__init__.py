@@ -1,0 +1,1 @@
+"""One-shot edits: one file each."""

@@ -1,0 +1,1 @@
+"""Objectives: what makes the model forget, one file each."""

@@ -1,6 +1,6 @@
 """Patches: what every method returns."""
 
-from expunge.patch.apply import applied, apply, base_state, revert, stack
+from expunge.patch.apply import applied, apply, base_state, revert, settle, stack
 from expunge.patch.changes import Change, Dense, LowRank, Replace, Sparse
 from expunge.patch.patch import Manifest, Patch
 
@@ -16,5 +16,6 @@ __all__ = [
     "apply",
     "base_state",
     "revert",
+    "settle",
     "stack",
 ]

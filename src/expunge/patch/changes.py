@@ -1,6 +1,6 @@
 """The four ways a tensor can change, and how each is stored.
 
-Additive changes (:class:`Dense`, :class:`Sparse`, :class:`LowRank`) hold ``new - base`` and can be stacked in any order.
+Additive changes (:class:`Dense`, :class:`Sparse`, :class:`LowRank`) hold ``new - base`` and stack in any order.
 :class:`Replace` holds the new tensor itself (integer or statistics buffers) and tolerates no second change.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from expunge.digest import tensor_bytes
 from expunge.errors import ArtifactError
@@ -67,15 +68,19 @@ class Dense(Change):
     kind: ClassVar[str] = "dense"
 
     @property
+    @override
     def shape(self) -> tuple[int, ...]:
         return tuple(self.delta.shape)
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
         return {"delta": self.delta}
 
+    @override
     def dense(self) -> Tensor:
         return self.delta
 
+    @override
     def scale(self, factor: float) -> Dense:
         return Dense(self.delta * factor)
 
@@ -97,6 +102,7 @@ class Sparse(Change):
     kind: ClassVar[str] = "sparse"
 
     @property
+    @override
     def shape(self) -> tuple[int, ...]:
         return tuple(self.mask.shape)
 
@@ -104,14 +110,17 @@ class Sparse(Change):
     def _packed(self) -> Tensor:
         return pack_mask(self.mask)
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
         return {"mask": self._packed, "values": self.values}
 
+    @override
     def dense(self) -> Tensor:
         out = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
         out[self.mask.to(out.device)] = self.values
         return out
 
+    @override
     def scale(self, factor: float) -> Sparse:
         return Sparse(self.mask, self.values * factor)
 
@@ -132,16 +141,20 @@ class LowRank(Change):
     kind: ClassVar[str] = "low_rank"
 
     @property
+    @override
     def shape(self) -> tuple[int, ...]:
         return tuple(self.full_shape)
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
         return {"up": self.up, "down": self.down}
 
+    @override
     def dense(self) -> Tensor:
         acc = accumulate_dtype(self.up.dtype)
         return (self.up.to(acc) @ self.down.to(acc)).reshape(self.full_shape)
 
+    @override
     def scale(self, factor: float) -> LowRank:
         return LowRank(self.up * factor, self.down, self.full_shape)
 
@@ -155,15 +168,19 @@ class Replace(Change):
     additive: ClassVar[bool] = False
 
     @property
+    @override
     def shape(self) -> tuple[int, ...]:
         return tuple(self.new.shape)
 
+    @override
     def tensors(self) -> dict[str, Tensor]:
         return {"new": self.new}
 
+    @override
     def dense(self) -> Tensor:
         return self.new
 
+    @override
     def scale(self, factor: float) -> Replace:
         if factor != 1.0:
             raise ArtifactError(

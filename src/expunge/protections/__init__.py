@@ -1,0 +1,1 @@
+"""Protections: what must not move, one file each."""

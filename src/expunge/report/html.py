@@ -24,7 +24,7 @@ def _template() -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda x: x if hasattr(x, "__html__") else x,
+        finalize=lambda x: x if hasattr(x, "__html__") else clean(x, 100_000) if isinstance(x, str) else x,
     )
     environment.filters.update(bytesize=size, percent=percent)
     return environment.get_template("report.html.j2")

@@ -1,0 +1,1 @@
+"""Spaces: where a change may live, one file each."""

@@ -15,7 +15,6 @@ from expunge.registry import Info
 from expunge.saliency import Mask, Select, make_mask, saliency_scores
 from expunge.spaces.base import DirectSpace, OpenSpace, Space, select_parameters
 
-
 Freeze = Literal["weights", "arithmetic", "gradient"]
 
 

@@ -1,0 +1,1 @@
+"""Tasks: one per model family."""
