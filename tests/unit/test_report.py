@@ -204,8 +204,13 @@ def test_no_plot_without_data() -> None:
 
 
 def test_names_in_any_script_are_drawn() -> None:
-    classes = {k: {"日本語": proportion(4, 5), "قط": proportion(3, 5)} for k in ("before", "after")}
-    assert "日本語" in render_all(report(class_accuracy=classes))["class_accuracy"]
+    classes = {
+        k: {"日本語": proportion(4, 5), "قط": proportion(3, 5), r"$\frac$": proportion(1, 5)}
+        for k in ("before", "after")
+    }
+    svg = render_all(report(class_accuracy=classes))["class_accuracy"]
+    assert "日本語" in svg
+    assert r"$\frac$" in svg
 
 
 def test_missing_reference_is_said() -> None:

@@ -48,7 +48,7 @@ _STYLE: dict[str, Any] = {
     "grid.color": "#e6e9ed",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "text.parse_math": True,
+    "text.parse_math": False,
 }
 
 

@@ -1,0 +1,270 @@
+"""What a run, a benchmark and a training are asked to do: pydantic models, strict about every key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from expunge.data.spec import DataSpec
+from expunge.digest import json_digest
+from expunge.files import confined
+from expunge.method import build_recipe
+from expunge.models.build import ModelSpec
+from expunge.models.normalize import Normalize
+from expunge.part import Frozen
+from expunge.recipe import Optim, Recipe
+from expunge.request import ForgetRequest
+from expunge.track import TrackerName
+
+Attack = Literal["mia", "mia_threshold", "mia_svc"]
+
+
+class MeanStd(Frozen):
+    """Normalisation by numbers: one value per channel, or one for all."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class TaskConfig(Frozen):
+    """Model and data.
+
+    Args:
+        family: ``classifier``.
+        model: The network and its weights.
+        data: Training and test images.
+        normalize: Name (``cifar10``, ``imagenet`` ...), numbers, or null for none.
+        surrogate: Images of another domain, for methods that may not see the retain set.
+        eval_batch_size: Batch size of evaluation passes.
+    """
+
+    family: Literal["classifier"] = "classifier"
+    model: ModelSpec
+    data: DataSpec
+    normalize: str | MeanStd | None = None
+    surrogate: DataSpec | None = None
+    eval_batch_size: int = Field(default=512, ge=1)
+
+    @field_validator("normalize")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            Normalize.named(value)
+        return value
+
+
+class RequestConfig(Frozen):
+    """What to forget; exactly one of the first five keys.
+
+    Args:
+        class_: One class, by number or name; written ``class``.
+        classes: Several classes.
+        fraction: Share of the training set, drawn at random.
+        samples: Indices in the training set.
+        index_file: JSON file with a list of indices, or an object with ``forget`` (and ``retain``).
+        stratified: With ``fraction``: the same share of every class.
+        seed: With ``fraction``: seed of the draw.
+        name: A label for reports.
+    """
+
+    model_config = ConfigDict(populate_by_name=False)
+
+    class_: int | str | None = Field(default=None, alias="class")
+    classes: tuple[int | str, ...] | None = None
+    fraction: float | None = None
+    samples: tuple[int, ...] | None = None
+    index_file: str | None = None
+    stratified: bool = True
+    seed: int = 0
+    name: str = ""
+
+    @model_validator(mode="after")
+    def _one(self) -> RequestConfig:
+        keys = {"class": self.class_, "classes": self.classes, "fraction": self.fraction}
+        keys |= {"samples": self.samples, "index_file": self.index_file}
+        given = [k for k, v in keys.items() if v is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(keys)}; given: {', '.join(given) or 'none'}")
+        drawn = [k for k in ("stratified", "seed") if k in self.model_fields_set]
+        if drawn and self.fraction is None:
+            raise ValueError(f"'{drawn[0]}' belongs to 'fraction' and would have no effect here")
+        return self
+
+    def build(self) -> ForgetRequest:
+        """The request.
+
+        Raises:
+            RequestError: The index file is unreadable.
+        """
+        if self.index_file is not None:
+            request = ForgetRequest.from_file(self.index_file)
+        elif self.samples is not None:
+            request = ForgetRequest.samples(self.samples)
+        elif self.fraction is not None:
+            request = ForgetRequest.fraction(self.fraction, stratified=self.stratified, seed=self.seed)
+        else:
+            request = ForgetRequest.label(*(self.classes if self.classes is not None else (self.class_,)))  # type: ignore[arg-type]
+        return request.model_copy(update={"name": self.name}) if self.name else request
+
+
+class Reference(Frozen):
+    """A model that never saw the data: retrained now (``method`` with settings), a patch file, or a weights file."""
+
+    method: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    patch: str | None = None
+    weights: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Reference:
+        if sum(v is not None for v in (self.method, self.patch, self.weights)) != 1:
+            raise ValueError("a reference is a method with its settings, or a 'patch' file, or a 'weights' file")
+        if self.method is not None and not self.recipe().from_scratch:
+            raise ValueError(f"method '{self.method}' starts from the original model; a reference starts from scratch")
+        return self
+
+    def recipe(self) -> Recipe:
+        """The recipe of a reference that is to be trained."""
+        return build_recipe({"method": str(self.method), **self.settings})
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """From ``retrain``, ``{method: retrain, **settings}``, ``{patch: file}`` or ``{weights: file}``."""
+        if isinstance(value, str):
+            return {"method": value}
+        if isinstance(value, dict) and "method" in value and "settings" not in value:
+            return {"method": value["method"], "settings": {k: v for k, v in value.items() if k != "method"}}
+        return value
+
+
+class Experiment(Frozen):
+    """What runs and benchmarks share."""
+
+    name: str = Field(min_length=1, max_length=120)
+    task: TaskConfig
+    controls: bool = True
+    reference: Reference | None = None
+    attacks: tuple[Attack, ...] = ("mia", "mia_threshold")
+    trackers: tuple[TrackerName, ...] = ()
+    checkpoint_every: int | None = Field(default=None, ge=1)
+    output: str | None = None
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _reference(cls, value: Any) -> Any:
+        return Reference.parse(value)
+
+    @field_validator("name")
+    @classmethod
+    def _confined(cls, value: str) -> str:
+        confined("runs", value)
+        return value
+
+    @property
+    def folder(self) -> Path:
+        """Where results go: ``output``, by default ``runs/<name>``."""
+        return Path(self.output) if self.output is not None else Path("runs") / self.name
+
+
+class RunConfig(Experiment):
+    """One run: unlearn, controls, evaluation.
+
+    Args:
+        name: Name of the run.
+        task: Model and data.
+        request: What to forget.
+        recipe: A method name, ``{method, **settings}``, or objective and space spelled out.
+        seed: Seed of the run.
+        output: Run folder, ``runs/<name>`` by default.
+        controls: Also run the controls that apply.
+        reference: The retrained model to compare with.
+        attacks: Membership attacks.
+        trackers: ``tensorboard``, ``wandb``.
+        checkpoint_every: Steps between checkpoints, by default one per epoch.
+    """
+
+    request: RequestConfig
+    recipe: str | dict[str, Any]
+    seed: int = 0
+
+    def build_recipe(self) -> Recipe:
+        """The recipe with every setting spelled out."""
+        return build_recipe(self.recipe)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that a result depends on (not of names and folders)."""
+        data = self.model_dump(mode="json", exclude={"name", "output", "trackers", "checkpoint_every"})
+        return json_digest({**data, "recipe": self.build_recipe().describe()})
+
+
+class BenchConfig(Experiment):
+    """Methods x seeds x requests.
+
+    Args:
+        methods: Method names or ``{method, **settings}``; ``label`` tells two entries of one method apart.
+        seeds: Seeds of the runs.
+        requests: What to forget, one table each.
+        report: Also write the page of all results.
+    """
+
+    methods: tuple[str | dict[str, Any], ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    requests: tuple[RequestConfig, ...] = Field(min_length=1)
+    report: bool = True
+
+    @model_validator(mode="after")
+    def _distinct(self) -> BenchConfig:
+        for what, values in (("methods", [n for n, _ in self.recipes()]), ("seeds", list(self.seeds))):
+            twice = sorted({str(v) for v in values if values.count(v) > 1})  # type: ignore[attr-defined]
+            if twice:
+                raise ValueError(f"'{what}' has {twice[0]!r} twice" + ("; give 'label'" if what == "methods" else ""))
+        return self
+
+    def recipes(self) -> list[tuple[str, Recipe]]:
+        """Labels and recipes, in order."""
+        found = []
+        for spec in self.methods:
+            settings = {"method": spec} if isinstance(spec, str) else dict(spec)
+            label = settings.pop("label", None)
+            recipe = build_recipe(settings)
+            found.append((str(label if label is not None else settings.get("method", recipe.name)), recipe))
+        return found
+
+
+class TrainConfig(Frozen):
+    """Train an original, or a retrained model that never sees what ``exclude`` names.
+
+    Args:
+        name: Name of the training.
+        task: Model and data; the model's weights are the start.
+        optim: Fields that replace those of the published protocol.
+        batch_size: Samples per step.
+        seed: Seed of order, augmentation and dropout.
+        exclude: What to leave out.
+        output: Weights file, ``runs/<name>.safetensors`` by default.
+        trackers: ``tensorboard``, ``wandb``.
+    """
+
+    name: str = Field(min_length=1, max_length=120)
+    task: TaskConfig
+    optim: dict[str, Any] = Field(default_factory=dict)
+    batch_size: int = Field(default=256, ge=1)
+    seed: int = 0
+    exclude: RequestConfig | None = None
+    output: str | None = None
+    trackers: tuple[TrackerName, ...] = ()
+
+    @field_validator("name")
+    @classmethod
+    def _confined(cls, value: str) -> str:
+        confined("runs", value)
+        return value
+
+    def build_optim(self) -> Optim:
+        """The optimiser settings, complete."""
+        from expunge.train import PUBLISHED
+
+        return Optim(**{**PUBLISHED.model_dump(), **self.optim})
