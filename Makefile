@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+DIST ?= dist
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -42,15 +43,15 @@ docs: $(VENV)/.dev ## Write method cards, metric list and compatibility matrix f
 docs-check: $(VENV)/.dev ## Fail if the written cards are out of date
 	@$(BIN)/python -m expunge.cards --check
 
-build: $(VENV)/.dev ## Source archive and wheel in dist/
+build: $(VENV)/.dev ## Source archive and wheel, in $(DIST)/
 	@$(PIP) hatchling
-	@rm -rf dist
-	@$(BIN)/python -m build --no-isolation --outdir dist .
+	@rm -rf $(DIST)
+	@$(BIN)/python -m build --no-isolation --outdir $(DIST) .
 
 dev: $(VENV)/.dev ## Install everything for development
 
 clean: ## Remove what can be made again
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
+	rm -rf $(DIST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)
 
 # Debian's python3 may lack ensurepip; then the pip that is there fills the environment.
 $(BIN)/python:

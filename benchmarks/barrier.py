@@ -110,15 +110,17 @@ def main() -> None:
     if len(sys.argv) == 3 and sys.argv[1] == "--one":
         print(json.dumps(measure(sys.argv[2])))
         return
-    head = f"{'set-up':13} {'CPU s':>7} {'x':>5} {'+MB':>6} {'x':>6} {'step ms':>8} {'x':>5} {'gemm ms':>8} {'step/gemm':>9}"
-    print(head)
+    print(
+        f"{'set-up':13} {'CPU s':>7} {'x':>5} {'+MB':>6} {'x':>6} {'step ms':>8} {'x':>5} {'gemm ms':>8} {'ratio':>6}"
+    )
     for kind in sys.argv[1:] or RECORDED:
         out = subprocess.run([sys.executable, __file__, "--one", kind], check=True, capture_output=True, text=True)
         r = json.loads(out.stdout)
         s, m, t = RECORDED[kind]
         print(
-            f"{kind:13} {r['setup_s']:7.2f} {s / r['setup_s']:5.1f} {r['extra_mb']:6.0f} {m / max(r['extra_mb'], 1):6.1f} "
-            f"{r['step_ms']:8.2f} {t / r['step_ms']:5.1f} {r['gemm_ms']:8.2f} {r['step_ms'] / r['gemm_ms']:9.2f}",
+            f"{kind:13} {r['setup_s']:7.2f} {s / r['setup_s']:5.1f} "
+            f"{r['extra_mb']:6.0f} {m / max(r['extra_mb'], 1):6.1f} {r['step_ms']:8.2f} {t / r['step_ms']:5.1f} "
+            f"{r['gemm_ms']:8.2f} {r['step_ms'] / r['gemm_ms']:6.2f}",
             flush=True,
         )
 

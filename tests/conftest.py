@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import expunge  # installs the torchvision import hook before anything imports torchvision
+import expunge  # noqa: F401  installs the torchvision import hook before anything imports torchvision
 
 import matplotlib  # isort: skip
 import pytest  # isort: skip

@@ -1,7 +1,7 @@
 """Method cards, metric list and compatibility matrix, written from the registry: ``python -m expunge.cards [--check]``.
 
-The files are never edited by hand. With ``--check`` nothing is written; the exit code is 1 if a file is missing, stale or
-left over.
+The files are never edited by hand. With ``--check`` nothing is written; the exit code is 1 if a file is missing, stale
+or left over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from expunge.files import atomic_write
 from expunge.method import build_recipe, settings_model
 from expunge.metrics.describe import ARROWS
 from expunge.part import Part
-from expunge.recipe import Recipe
+from expunge.recipe import Optim, Recipe
 from expunge.registry import Entry, Kind, registry
 
 #: Kinds that have a card each, with the heading of the index.
@@ -68,7 +68,9 @@ def card(entry: Entry) -> str:
         lines += ["", "## What it computes", "", prose]
     if entry.kind == "method":
         lines += ["", "## What it is made of", "", *_composition(build_recipe(entry.name))]
-    rows = [(f"`{n}`", t, f"`{d}`" if d else "", meanings.get(n, "")) for n, t, d in _settings(entry)]
+    rows = [
+        (f"`{n}`", t, f"`{d}`" if d not in ("", "required") else d, meanings.get(n, "")) for n, t, d in _settings(entry)
+    ]
     if rows:
         lines += ["", "## Settings", "", *_table(("Name", "Type", "Default", "Meaning"), rows)]
     if info.deviations:
@@ -103,9 +105,9 @@ def fits(entry: Entry, task: type[Any]) -> str:
 
 
 def split_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Separate the prose of a Google-style docstring from the meanings of its arguments.
+    r"""Separate the prose of a Google-style docstring from the meanings of its arguments.
 
-    >>> split_docstring("Short.\\n\\nArgs:\\n    keep: A share.\\n        More.\\n\\nRaises:\\n    X: never.")
+    >>> split_docstring("Short.\n\nArgs:\n    keep: A share.\n        More.\n\nRaises:\n    X: never.")
     ('Short.', {'keep': 'A share. More.'})
     """
     prose: list[str] = []
@@ -146,7 +148,7 @@ def _settings(entry: Entry) -> list[tuple[str, str, str]]:
 
 
 def _field(name: str, field: FieldInfo) -> tuple[str, str, str]:
-    default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    default = field.get_default(call_default_factory=True)
     limits = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in _LIMITS.items() if hasattr(m, key)]
     kind = ", ".join([type_text(field.annotation), *limits])
     return name, _cell(kind), "required" if default is PydanticUndefined else show(default)
@@ -192,10 +194,16 @@ def _composition(recipe: Recipe) -> list[str]:
         shown = [f"[`{show(p)}`]({p.kind_of_part}-{p.part_name}.md)" for p in parts if p is not None]
         rows += [(label, ", ".join(shown))] if shown else []
     if recipe.objective is not None:
-        rows += [("Schedule", f"`{show(recipe.objective.schedule)}`"), ("Optimiser", f"`{show(recipe.optim)}`")]
+        rows += [("Schedule", f"`{show(recipe.objective.schedule)}`"), ("Optimiser", _optimiser(recipe.optim))]
     if recipe.from_scratch:
         rows += [("Start", "a fresh initialisation, not the original weights")]
     return _table(("", "With default settings"), rows)
+
+
+def _optimiser(optim: Optim) -> str:
+    plain = {n: getattr(optim, n) for n, f in Optim.model_fields.items() if getattr(optim, n) != f.default}
+    rest = [f"{n}={show(v)}" for n, v in plain.items() if n not in ("name", "lr", "epochs")]
+    return "`" + ", ".join([optim.name, f"lr={optim.lr:g}", f"epochs={optim.epochs}", *rest]) + "`"
 
 
 def _index() -> str:

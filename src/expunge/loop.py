@@ -208,7 +208,7 @@ class Loop:
             own = {r: ids[rank::world] for r, ids in piece.items()} if world > 1 else piece
             batches = {r: ctx.load(r, ctx.split[r][ids]) for r, ids in own.items() if len(ids)}
             with self.accelerator.autocast():
-                terms = self.losses(batches) if batches else {}
+                terms = self._losses(batches) if batches else {}
             if number == 0 and rank == 0:
                 terms = {**terms, **{k: t for penalty in self.penalties for k, t in penalty().items()}}
             else:
@@ -217,6 +217,17 @@ class Loop:
             if loss is not None and loss.requires_grad:
                 self.accelerator.backward(loss)
         return logged
+
+    def _losses(self, batches: dict[str, Batch]) -> dict[str, Term]:
+        try:
+            return self.losses(batches)
+        except KeyError as error:
+            if error.args[0] not in self.ctx.split:
+                raise
+            raise ConfigError(
+                f"objective '{self.objective.part_name}' does not fit its schedule '{self.objective.schedule.kind}': a step "
+                f"holds {', '.join(batches)} and the role '{error.args[0]}' cannot be used"
+            ) from error
 
     def _update(self, logged: Mapping[str, Tensor]) -> dict[str, float]:
         """Sum over processes, check, project, step."""

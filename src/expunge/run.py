@@ -267,9 +267,9 @@ def _identity(task: Task, request: ForgetRequest, recipe: Recipe, seed: int, dig
 
 
 def _files(settings: Any) -> list[str]:
-    """Paths under the key ``file`` anywhere in a recipe: their content belongs to the run's identity."""
+    """Files that a recipe reads (keys ``file``, ``statistics``): their content belongs to the run's identity."""
     if isinstance(settings, dict):
-        own = [settings["file"]] if isinstance(settings.get("file"), str) else []
+        own = [settings[k] for k in ("file", "statistics") if isinstance(settings.get(k), str)]
         return own + [f for v in settings.values() for f in _files(v)]
     return [f for v in settings for f in _files(v)] if isinstance(settings, list) else []
 

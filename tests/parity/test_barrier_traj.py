@@ -28,7 +28,9 @@ class RecordedTask(Task):
 
     name = "recorded"
 
-    def __init__(self, model: Graph, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor], wrong: Tensor) -> None:
+    def __init__(
+        self, model: Graph, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor], wrong: Tensor
+    ) -> None:
         self.model = model
         self.inputs = torch.cat([forget[0], retain[0]])
         self.targets = torch.cat([forget[1], retain[1]])

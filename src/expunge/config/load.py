@@ -1,4 +1,4 @@
-"""From a file and flags to validated settings, with messages that name the file or flag, the key and the closest one."""
+"""From a file and flags to validated settings; messages name the file or flag, the key and the closest valid one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from expunge.config.models import BenchConfig, Experiment, RunConfig, TrainConfig
+from expunge.config.models import Experiment, RunConfig, TrainConfig
 from expunge.config.text import Source, read_source, resolve_paths, write_yaml
 from expunge.errors import ConfigError, did_you_mean
 from expunge.method import settings_model
@@ -149,7 +149,7 @@ def _unknown_recipe(spec: Any, where: str) -> Iterator[tuple[str, str]]:
         elif key == "optim":
             yield from _unknown(Optim, value, at)
         elif key in ("objective", "edit", "space", "protections"):
-            kind: Kind = "protection" if key == "protections" else key  # type: ignore[assignment]
+            kind: Kind = "protection" if key == "protections" else key
             for i, item in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(item, dict) and "kind" in item:
                     part = registry.get(kind, str(item["kind"])).obj

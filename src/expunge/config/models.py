@@ -105,7 +105,8 @@ class RequestConfig(Frozen):
         elif self.fraction is not None:
             request = ForgetRequest.fraction(self.fraction, stratified=self.stratified, seed=self.seed)
         else:
-            request = ForgetRequest.label(*(self.classes if self.classes is not None else (self.class_,)))  # type: ignore[arg-type]
+            one = () if self.class_ is None else (self.class_,)
+            request = ForgetRequest.label(*(self.classes if self.classes is not None else one))
         return request.model_copy(update={"name": self.name}) if self.name else request
 
 
@@ -207,20 +208,23 @@ class BenchConfig(Experiment):
         methods: Method names or ``{method, **settings}``; ``label`` tells two entries of one method apart.
         seeds: Seeds of the runs.
         requests: What to forget, one table each.
-        report: Also write the page of all results.
     """
 
     methods: tuple[str | dict[str, Any], ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     requests: tuple[RequestConfig, ...] = Field(min_length=1)
-    report: bool = True
 
     @model_validator(mode="after")
     def _distinct(self) -> BenchConfig:
-        for what, values in (("methods", [n for n, _ in self.recipes()]), ("seeds", list(self.seeds))):
-            twice = sorted({str(v) for v in values if values.count(v) > 1})  # type: ignore[attr-defined]
-            if twice:
-                raise ValueError(f"'{what}' has {twice[0]!r} twice" + ("; give 'label'" if what == "methods" else ""))
+        labels = [label for label, _ in self.recipes()]
+        if len(set(labels)) < len(labels):
+            twice = next(n for n in labels if labels.count(n) > 1)
+            raise ValueError(f"'methods' has {twice!r} twice; give 'label' to tell them apart")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("'seeds' has one seed twice")
+        requests = [r.model_dump_json() for r in self.requests]
+        if len(set(requests)) < len(requests):
+            raise ValueError("'requests' has one request twice")
         return self
 
     def recipes(self) -> list[tuple[str, Recipe]]:

@@ -32,8 +32,14 @@ def json_schema(kind: str = "run") -> dict[str, Any]:
         raise ConfigError(f"no configuration is called {kind!r}{did_you_mean(kind, MODELS)}")
     methods = {e.name: _tagged(settings_model(e.name), "method", e.name) for e in registry.list("method")}
     parts = {k: {e.name: _tagged(e.obj, "kind", e.name) for e in registry.list(k)} for k in _PARTS}
-    models = [MODELS[kind], Optim, *methods.values(), *(m for group in parts.values() for m in group.values())]
-    refs, schema = models_json_schema([(m, "validation") for m in models], ref_template="#/$defs/{model}")
+    models: list[type[BaseModel]] = [
+        MODELS[kind],
+        Optim,
+        *methods.values(),
+        *(m for group in parts.values() for m in group.values()),
+    ]
+    inputs: list[tuple[type[BaseModel], Literal["validation"]]] = [(m, "validation") for m in models]
+    refs, schema = models_json_schema(inputs, ref_template="#/$defs/{model}")
     defs: dict[str, Any] = schema.get("$defs", {})
 
     def choice(tag: str, group: dict[str, type[BaseModel]]) -> dict[str, Any]:
@@ -70,7 +76,10 @@ def json_schema(kind: str = "run") -> dict[str, Any]:
     if kind == "train":
         properties["optim"] = refs[(Optim, "validation")]
     if "reference" in properties:
-        files = {"type": "object", "properties": {"patch": {"type": "string"}, "weights": {"type": "string"}}}
+        files: dict[str, Any] = {
+            "type": "object",
+            "properties": {"patch": {"type": "string"}, "weights": {"type": "string"}},
+        }
         files |= {"additionalProperties": False, "minProperties": 1, "maxProperties": 1}
         properties["reference"] = {"anyOf": [name, choice("method", methods), files, nothing], "default": None}
         defs.pop("Reference", None)

@@ -123,7 +123,8 @@ def apply(model: nn.Module, *patches: Patch) -> nn.Module:
             raise ArtifactError(
                 f"patch {patch.digest[:12]} (first tensor '{next(iter(patch), '-')}') is already applied"
             )
-        if record.patches and patch.manifest.base_digest == combine({**record.digests, **record.patched}):
+        made_on = patch.manifest.base_digest
+        if made_on != combine(record.digests) and made_on == combine({**record.digests, **record.patched}):
             raise ArtifactError(
                 f"patch {patch.digest[:12]} was made on this model with other patches applied; `revert` cannot take those "
                 "off again beneath it. Make them permanent with `settle` first"

@@ -26,7 +26,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change(ABC):
     """A change of one tensor. Shapes and dtypes are those of the base tensor."""
 
@@ -60,7 +60,7 @@ class Change(ABC):
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dense(Change):
     """``new - base`` for every element."""
 
@@ -85,7 +85,7 @@ class Dense(Change):
         return Dense(self.delta * factor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sparse(Change):
     """``new - base`` at the coordinates of a mask, zero elsewhere.
 
@@ -125,7 +125,7 @@ class Sparse(Change):
         return Sparse(self.mask, self.values * factor)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LowRank(Change):
     """``up @ down``, reshaped to the tensor.
 
@@ -159,7 +159,7 @@ class LowRank(Change):
         return LowRank(self.up * factor, self.down, self.full_shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Replace(Change):
     """The new tensor itself."""
 

@@ -69,7 +69,7 @@ class Manifest(Frozen):
     parents: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
     """Named changes of tensors plus a :class:`Manifest`.
 
@@ -91,6 +91,12 @@ class Patch:
             for part, tensor in change.tensors().items():
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                     raise ArtifactError(f"the change of '{name}' ({part}) holds NaN or infinite values")
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest == other.digest if isinstance(other, Patch) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
 
     def __len__(self) -> int:
         return len(self.changes)

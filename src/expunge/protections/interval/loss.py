@@ -136,19 +136,19 @@ class Form:
         self.H[i] = form
         self.s = s
 
-    def gradient(self, drift: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Gradient with respect to weight ``[g, o/g, d]`` and bias ``[g, o/g]`` drift, and the value, before ``1/o``."""
+    def gradient(self, drift: Tensor, bias: Tensor | None, scale: float = 1.0) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gradients for weight ``[g, o/g, d]`` and bias ``[g, o/g]`` drift, and the value, all times ``scale``."""
         lead = self.lead if bias is not None else self.lead[:, :-1]
         coupled = drift @ lead.transpose(1, 2)
         side = torch.zeros_like(coupled)
         grad_bias = None
         if bias is not None:
-            side[..., -1] = 2 * bias
-            grad_bias = 2 * coupled[..., -1] + (2 * self.s) * bias
+            side[..., -1] = (2 * scale) * bias
+            grad_bias = (2 * scale) * (coupled[..., -1] + self.s * bias)
         if self.has_width:
             delta = coupled[..., : self.kmax]
-            side[..., : self.kmax] = delta.sign() * (delta.abs() @ self.V)
-        grad = torch.bmm(side, lead).baddbmm_(drift, self.H, alpha=2.0)
+            side[..., : self.kmax] = delta.sign() * (delta.abs() @ (scale * self.V))
+        grad = torch.bmm(side, lead).baddbmm_(drift, self.H, alpha=2 * scale)
         value = torch.dot(drift.flatten(), grad.flatten())
         if grad_bias is not None and bias is not None:
             value = value + torch.dot(bias.flatten(), grad_bias.flatten())
@@ -176,25 +176,44 @@ class Form:
         return float(torch.linalg.eigvalsh(hessian)[:, -1].max())
 
 
+class Scratch:
+    """One buffer for the drift of whichever layer is being evaluated."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Uninitialised memory of the shape, type and device of ``x``."""
+        b = self._buffer
+        if b.numel() < x.numel() or b.dtype != x.dtype or b.device != x.device:
+            self._buffer = b = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        return b[: x.numel()].view(x.shape)
+
+
 class _ClosedForm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, layer: ProtectedLayer) -> Tensor:
-        grad, grad_bias, value = layer.form.gradient(*layer.drift(weight, bias))
-        scale = 1.0 / layer.outputs
-        ctx.scale, ctx.shapes = scale, (weight.shape, weight.dtype, None if bias is None else bias.dtype)
-        ctx.save_for_backward(grad, grad_bias)
-        return value * scale
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, layer: ProtectedLayer, scale: float) -> Tensor:
+        scale = scale / layer.outputs
+        grad, grad_bias, value = layer.form.gradient(*layer.drift(weight, bias), scale)
+        ctx.shapes = (weight.shape, weight.dtype, None if bias is None else bias.dtype)
+        ctx.grads = (grad, grad_bias)
+        return value
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad, grad_bias = ctx.saved_tensors
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if ctx.grads is None:
+            raise RuntimeError("the interval penalty can be differentiated once per evaluation; evaluate it again")
+        (grad, grad_bias), ctx.grads = ctx.grads, None
         shape, dtype, bias_dtype = ctx.shapes
-        factor = outputs[0] * ctx.scale
-        left = (grad * factor).reshape(shape).to(dtype) if ctx.needs_input_grad[0] else None
+        factor = outputs[0]
+        if factor.device.type != "cpu" or float(factor) != 1.0:
+            grad.mul_(factor)
+            grad_bias = None if grad_bias is None else grad_bias * factor
+        left = grad.view(shape).to(dtype) if ctx.needs_input_grad[0] else None
         right = None
         if grad_bias is not None and ctx.needs_input_grad[1]:
-            right = (grad_bias * factor).flatten().to(bias_dtype)
-        return left, right, None
+            right = grad_bias.flatten().to(bias_dtype)
+        return left, right, None, None
 
 
 class ProtectedLayer:
@@ -206,6 +225,7 @@ class ProtectedLayer:
         conv: Which rows the statistics of a convolution describe. ``channels`` is only meaningful for 1 x 1 kernels.
         weight: Snapshot in the precision of the penalty; the current weight when absent.
         bias: Snapshot of the bias.
+        scratch: Buffer shared with other layers.
     """
 
     def __init__(
@@ -215,8 +235,10 @@ class ProtectedLayer:
         conv: ConvRows = "patches",
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.module, self.form, self.conv = module, form, conv
+        self._scratch = scratch or Scratch()
         dtype = form.H.dtype
         has_bias = getattr(module, "bias", None) is not None
         source: Any = module.weight if weight is None else weight
@@ -226,16 +248,17 @@ class ProtectedLayer:
         self.outputs = self.weight.shape[0]
 
     def drift(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Drift as ``[g, o/g, d]`` and ``[g, o/g]``, in the precision of the penalty."""
+        """Drift as ``[g, o/g, d]`` (valid until the next evaluation) and ``[g, o/g]``, in the penalty's precision."""
         dtype = self.weight.dtype
-        left = drift_matrix(self.module, weight.detach().to(dtype) - self.weight, self.conv)
+        moved = torch.sub(weight.detach().to(dtype), self.weight, out=self._scratch.like(self.weight))
+        left = drift_matrix(self.module, moved, self.conv)
         if bias is None or self.bias is None:
             return left, None
         return left, (bias.detach().to(dtype) - self.bias).reshape(left.shape[:2])
 
-    def __call__(self) -> Tensor:
-        """Value of the layer, 0-d, with its closed-form gradient attached."""
-        return _ClosedForm.apply(self.module.weight, getattr(self.module, "bias", None), self)
+    def __call__(self, scale: float = 1.0) -> Tensor:
+        """Value of the layer times ``scale``, 0-d, with its closed-form gradient attached."""
+        return _ClosedForm.apply(self.module.weight, getattr(self.module, "bias", None), self, scale)
 
     def parts(self) -> tuple[Tensor, Tensor]:
         """Quadratic and width part at the current weights."""
@@ -253,11 +276,11 @@ class IntervalPenalty:
     """Sum of the layers' values, ready to be added to a loss.
 
     Args:
-        layers: One callable per protected layer, giving its value.
+        layers: One callable per protected layer, giving its value times a factor.
         settings: Weights and options.
     """
 
-    def __init__(self, layers: Mapping[str, Callable[[], Tensor]], settings: PenaltySettings) -> None:
+    def __init__(self, layers: Mapping[str, Callable[[float], Tensor]], settings: PenaltySettings) -> None:
         self.settings, self.layers = settings, dict(layers)
 
     @property
@@ -268,7 +291,7 @@ class IntervalPenalty:
 
     def __call__(self) -> Tensor:
         """The penalty, 0-d, differentiable with respect to weights and biases."""
-        return torch.stack([layer() for layer in self.layers.values()]).sum() * self.factor
+        return torch.stack([layer(self.factor) for layer in self.layers.values()]).sum()
 
     def curvature(self, name: str, *, majoriser: bool = False) -> float:
         """Largest curvature of one layer's share of the penalty, lambda and 1/o included.
@@ -309,7 +332,7 @@ def build(
     """
     forms: dict[tuple[object, ...], Form] = {}
     snapshot = snapshot or {}
-    protected = {}
+    protected, scratch = {}, Scratch()
     for name, module in layers.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
         kind = dtype or penalty_dtype(weight.dtype)
@@ -317,7 +340,7 @@ def build(
         if tag not in forms:
             forms[tag] = Form(statistics[name], settings, kind, weight.device, sides[name] if sides else None)
         old = (snapshot.get(f"{name}.weight"), snapshot.get(f"{name}.bias"))
-        protected[name] = ProtectedLayer(module, forms[tag], conv, *old)
+        protected[name] = ProtectedLayer(module, forms[tag], conv, *old, scratch)
     return IntervalPenalty(protected, settings)
 
 

@@ -63,10 +63,10 @@ def _selects_strict(pattern: str, name: str, module: nn.Module) -> bool:
 
 
 def find(model: nn.Module, targets: Sequence[str], rule: MatchRule = "as_intended") -> Match:
-    """Select modules by patterns.
+    r"""Select modules by patterns.
 
     A pattern is a class name (``Linear``), a part of a qualified name in any case (``attn2.to_k``), an anchored glob
-    (``blocks.*.attn2.to_?``) or an anchored regular expression (``re:blocks\\.[0-3]\\..*``).
+    (``blocks.*.attn2.to_?``) or an anchored regular expression (``re:blocks\.[0-3]\..*``).
 
     Deviates:
         ``as_intended`` keeps only ``Linear`` and ``Conv2d`` leaves, lists everything else that was named, and refuses

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def antithetic_timesteps(draws: Tensor, n: int, total: int) -> Tensor:
-    """``n`` timesteps from ``n // 2 + 1`` uniform draws: each draw t and its mirror ``total - 1 - t``, int64 ``[n]``."""
+    """``n`` timesteps from ``n // 2 + 1`` uniform draws t: all draws, then their mirrors ``total - 1 - t``."""
     return draws.new_tensor([*draws.tolist(), *(total - 1 - draws).tolist()])[:n]
 
 

@@ -158,7 +158,7 @@ class IntervalProtection(Protection):
         """Collect on the untouched model and return the penalty.
 
         Raises:
-            RequestError: No layer matches, a layer cannot be protected, or a protected weight cannot move in this space.
+            RequestError: No layer matches, a layer cannot be protected, or a protected weight cannot move here.
             DataError: A forget input is not finite, or a layer never runs.
         """
         layers = self._layers(ctx, space)

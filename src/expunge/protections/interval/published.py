@@ -221,9 +221,9 @@ class PublishedLayer:
             return vectors @ dw.T
         return F.conv2d(vectors[:, :, None, None], dw, None, m.stride, m.padding, m.dilation, m.groups)
 
-    def __call__(self) -> Tensor:
-        """Sum of the three terms."""
-        return self.terms().sum()
+    def __call__(self, scale: float = 1.0) -> Tensor:
+        """Sum of the three terms, times ``scale``."""
+        return self.terms().sum() * scale
 
 
 def build_published(

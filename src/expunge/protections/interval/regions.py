@@ -50,8 +50,8 @@ def boxes(region: Region, bounds: Bounds, side: Tensor | None = None) -> tuple[T
 
     Args:
         region: ``two_corner`` (published), ``env_box`` (the whole envelope: same maximum as the complement of the
-            quantile box, independent of signs), ``two_random``, ``boxes_4``/``boxes_8`` (2 or 4 coordinate groups, a low
-            and a high box each) or ``slabs_2k`` (one coordinate per group: the exact complement).
+            quantile box, independent of signs), ``two_random``, ``boxes_4``/``boxes_8`` (2 or 4 coordinate groups, a
+            low and a high box each) or ``slabs_2k`` (one coordinate per group: the exact complement).
         bounds: Quantile box and envelope.
         side: ``[k]``, for ``two_random``: 1 where the first box takes the high side.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -107,10 +107,8 @@ def run(
     with evaluation(model), observed(layers, observe_and_count):
         for batch in batches:
             counter.begin()
-            try:
+            with suppress(_Enough):
                 forward(batch)
-            except _Enough:
-                pass
             counter.end()
             if after_batch is not None:
                 after_batch()

@@ -1,0 +1,8 @@
+"""The command line: a thin skin over the library. Every expected error is one line and an exit code."""
+
+from __future__ import annotations
+
+from expunge.cli.app import app, main
+from expunge.cli.commands import catalog, evidence, patches, runs
+
+__all__ = ["app", "catalog", "evidence", "main", "patches", "runs"]

@@ -1,0 +1,143 @@
+"""``run``, ``bench``, ``train``, ``demo``: commands that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.cli.app import app, complain
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CONFIG [--KEY VALUE ...]",
+        help="A YAML file, then dotted overrides: --recipe.optim.lr 1e-4 or --recipe.optim.lr=1e-4.",
+    ),
+]
+Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bars on a terminal.")]
+OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True}
+
+
+def config_and_overrides(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """Split the words after a command into the file and the overrides."""
+    from expunge.config import parse_overrides
+    from expunge.errors import ConfigError
+
+    files, overrides = parse_overrides(words)
+    if len(files) != 1:
+        given = f"{len(files)} were given: {', '.join(files[:4])}" if files else "none was given"
+        raise ConfigError(f"name one configuration file; {given}")
+    return files[0], overrides
+
+
+@app.command(context_settings=OVERRIDES)
+def run(words: Words, progress: Progress = True) -> None:
+    """Unlearn, run the controls, evaluate: a run folder with patch, report and log. Resumes after a kill."""
+    from expunge import experiment
+    from expunge.cli.show import console, places, say
+    from expunge.config import RunConfig, load_config
+
+    path, overrides = config_and_overrides(words)
+    config = load_config(RunConfig, path, overrides)
+    result = experiment.run(config, progress=progress)
+    console().print(result.report.table())
+    for flag in result.report.flags:
+        complain(flag, "yellow", "note")
+    say("already finished; nothing was run again:" if result.resumed else "written:")
+    places(result.folder, ("patch.safetensors", "report.html", "report.json", "log.jsonl", "config.yaml"))
+    say("undo:")
+    for command in result.report.undo:
+        say(f"  {command}")
+
+
+@app.command(context_settings=OVERRIDES)
+def bench(words: Words, progress: Progress = True) -> None:
+    """Run methods x seeds x requests from one file; resumes, keeps going after a failure, saves the table."""
+    from expunge.bench import bench as run_bench
+    from expunge.bench_table import lines, terminal
+    from expunge.cli.show import console, places, say
+    from expunge.config import BenchConfig, load_config
+
+    path, overrides = config_and_overrides(words)
+    config = load_config(BenchConfig, path, overrides)
+    with _bar("cells", progress) as advance:
+        result = run_bench(config, on_cell=lambda done, total, cell: advance(done, total, f"{cell.label} s{cell.seed}"))
+    rows = lines(result.cells)
+    for request in dict.fromkeys(r.request for r in rows):
+        console().print(terminal(rows, request))
+    reused = sum(c.reused for c in result.cells)
+    say(f"{len(result.cells)} cells, {reused} of them from earlier runs; written:")
+    places(result.folder, ("table.md", "table.csv", "results.json", "config.yaml"))
+    for cell in result.failed:
+        complain(f"{cell.request}, {cell.label}, seed {cell.seed}: {cell.error}")
+    if result.failed:
+        raise typer.Exit(result.exit_code)
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    words: Words,
+    exclude_class: Annotated[list[str] | None, typer.Option(help="Leave a class out, by number or name.")] = None,
+    exclude_fraction: Annotated[float | None, typer.Option(help="Leave a random share of the samples out.")] = None,
+    exclude_file: Annotated[Path | None, typer.Option(help="Leave out the indices in a JSON file.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace existing weights.")] = False,
+    progress: Progress = True,
+) -> None:
+    """Train an original, or a retrained model that never sees the excluded samples. Weights are safetensors."""
+    from expunge import experiment
+    from expunge.cli.show import facts, say
+    from expunge.config import TrainConfig, load_config
+    from expunge.errors import ConfigError
+
+    path, overrides = config_and_overrides(words)
+    classes = [int(c) if c.isdigit() else c for c in exclude_class or []]
+    given = {
+        "classes": classes or None,
+        "fraction": exclude_fraction,
+        "index_file": str(exclude_file) if exclude_file else None,
+    }
+    named = {k: v for k, v in given.items() if v is not None}
+    if len(named) > 1:
+        raise ConfigError("use one of --exclude-class, --exclude-fraction and --exclude-file")
+    if named:
+        overrides["exclude"] = named
+    config = load_config(TrainConfig, path, overrides)
+    result = experiment.train(config, overwrite=overwrite, progress=progress)
+    facts("accuracy, %", {k: f"{v:.2f}" for k, v in result.accuracy.items()})
+    say(f"weights: {result.weights}")
+    if result.excluded is not None:
+        say(f"excluded samples: {result.excluded}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option(help="Fewer methods and epochs; figures mean less.")] = False,
+    progress: Progress = True,
+) -> None:
+    """Forget a class and 10 % of the samples on the bundled digits, with controls, reference and exact undo."""
+    from expunge.demo import run_demo
+
+    run_demo(output, quick=quick, progress=progress)
+
+
+def _bar(title: str, wanted: bool) -> Any:
+    import sys
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bar() -> Any:
+        if not (wanted and sys.stderr.isatty()):
+            yield lambda done, total, text: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+            task = shown.add_task(title, total=None)
+            yield lambda done, total, text: shown.update(task, completed=done, total=total, description=text)
+
+    return bar()
