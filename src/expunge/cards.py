@@ -76,16 +76,8 @@ def card(entry: Entry) -> str:
     if info.deviations:
         lines += ["", "## Where it differs from the paper or its code", "", *[f"* {d}" for d in info.deviations]]
     if entry.kind == "method":
-        lines += [
-            "",
-            "## Use",
-            "",
-            "```python",
-            "import expunge",
-            "",
-            f'recipe = expunge.build_recipe("{entry.name}")',
-            "```",
-        ]
+        python = f'expunge.build_recipe("{entry.name}")'
+        lines += ["", "## Use", "", f"In Python `{python}`, in a configuration `recipe: {{method: {entry.name}}}`."]
     return "\n".join(lines) + "\n"
 
 

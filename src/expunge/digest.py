@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, row-major, on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def tensor_digest(tensor: Tensor) -> str:

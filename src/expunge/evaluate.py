@@ -84,7 +84,7 @@ def controls(
 
 def outputs_of(task: ClassifierTask, split: Split) -> dict[str, ClassifierOutputs]:
     """Logits of every role that an evaluation reads."""
-    found = {}
+    found: dict[str, ClassifierOutputs] = {}
     for role in ("forget", "retain", "test", "val", "forget_test"):
         if role in split.roles():
             logits, labels = task.logits(role, split)
@@ -175,9 +175,7 @@ def evaluate(
     reference = next((c for c in candidates if c.role == "reference"), None)
 
     def run(c: Candidate) -> Measured:
-        return measure(
-            task, split, c.patch, class_wise=class_wise, attacks=attacks, seconds=c.seconds, seed=seed
-        )
+        return measure(task, split, c.patch, class_wise=class_wise, attacks=attacks, seconds=c.seconds, seed=seed)
 
     before = run(Candidate("untouched", None))
     results: dict[str, Measured] = {}
@@ -207,7 +205,11 @@ def evaluate(
         not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"])), *not_shown],
         undo=list(undo),
         versions=current_versions(),
-        environment={"device": str(task.device), "threads": str(torch.get_num_threads()), "machine": platform.machine()},
+        environment={
+            "device": str(task.device),
+            "threads": str(torch.get_num_threads()),
+            "machine": platform.machine(),
+        },
         seeds={"evaluation": seed},
         digests={"request": request.digest, "data": task.data_digest()},
         config=config,
@@ -232,7 +234,7 @@ def _gap(measured: Measured, oracle: Measured | None) -> dict[str, Estimate]:
     missing = [k for k in GAP_KEYS if any(v.get(k) is None for v in values)]
     if missing:
         return {"avg_gap": not_run(f"{', '.join(missing)} was not measured")}
-    ours, theirs = ({k: float(v[k]) for k in GAP_KEYS if v[k] is not None} for v in values)
+    ours, theirs = ({k: x for k, x in v.items() if x is not None} for v in values)
     return {"avg_gap": Estimate(avg_gap(ours, theirs), n=1, unit="points", method="mean of four differences, one run")}
 
 
@@ -264,9 +266,7 @@ def _base_facts(task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
     return {"digest": digest, "parameters": weights}
 
 
-def _class_accuracy(
-    task: Task, split: Split, models: Mapping[str, Measured | None]
-) -> dict[str, dict[str, Estimate]]:
+def _class_accuracy(task: Task, split: Split, models: Mapping[str, Measured | None]) -> dict[str, dict[str, Estimate]]:
     names = task.classes if isinstance(task, ClassifierTask) else []
     found = {}
     for which, measured in models.items():
@@ -311,7 +311,12 @@ def _describe_patch(report: Report, task: Task, subject: Candidate, patch: Patch
     for name, change in patch.changes.items():
         facts = guards.effect({name: change}, {name: base[name]})
         layers.append(
-            {"name": name, "changed": int(facts["changed"]), "total": int(facts["total"]), "relative": facts["relative_norm"]}
+            {
+                "name": name,
+                "changed": int(facts["changed"]),
+                "total": int(facts["total"]),
+                "relative": facts["relative_norm"],
+            }
         )
     report.recipe = dict(patch.manifest.recipe)
     report.patch = {
@@ -340,8 +345,8 @@ def _control_flags(
         moved = ua.overlaps(start) is False
         if c.name == "lr = 0" and moved:
             flags.append(
-                f"The control 'lr = 0' alone moves the forget set's error from {start.value:.1f} % to {ua.value:.1f} %: "
-                "normalisation statistics, not learning, explain that part."
+                f"The control 'lr = 0' alone moves the forget set's error from {start.value:.1f} % to {ua.value:.1f} "
+                "%: normalisation statistics, not learning, explain that part."
             )
         elif c.name != "lr = 0" and moved and ua.overlaps(after) is not False:
             flags.append(f"The control '{c.name}' forgets as much as the method within the intervals.")

@@ -78,7 +78,9 @@ def check_label_space(ctx: Context, limit: int = 512) -> None:
         raise RequestError(f"the model has {list(logits.shape[1:])} outputs but the data have {classes} classes")
     accuracy = float((logits.argmax(1) == batch.targets).float().mean())
     if accuracy < max(0.1, 1 / classes):
-        ctx.note(f"forget accuracy is already {100 * accuracy:.0f} % before unlearning; the model may never have learnt it")
+        ctx.note(
+            f"forget accuracy is already {100 * accuracy:.0f} % before unlearning; the model may never have learnt it"
+        )
 
 
 def check_outside(
@@ -126,8 +128,8 @@ def effect(changes: Mapping[str, Change], base: Mapping[str, Tensor]) -> dict[st
     """How much the changes do after rounding to the weights' own precision.
 
     Returns:
-        ``changed``: weights whose bits differ, ``total``: weights of the model, ``share``, and ``relative_norm``: norm of
-        the change over the norm of the changed tensors.
+        ``changed``: weights whose bits differ, ``total``: weights of the model, ``share``, and ``relative_norm``: norm
+        of the change over the norm of the changed tensors.
     """
     changed, delta_sq, base_sq = 0, 0.0, 0.0
     for name, change in changes.items():
@@ -159,7 +161,8 @@ def check_effect(changes: Mapping[str, Change], base: Mapping[str, Tensor], reci
         if recipe.objective is not None and recipe.optim.lr == 0:
             cause = "the learning rate is 0 (use the control run for that)"
         elif changes:
-            cause = "every change is smaller than the weights' precision can hold; raise the learning rate or use fp32 weights"
+            cause = "every change is smaller than the weights' precision can hold; raise the learning rate or use "
+            cause += "fp32 weights"
         else:
             cause = "no gradient reached the chosen space (everything frozen, or a loss that does not depend on it)"
         raise NoEffectError(f"{recipe.name} changed nothing: {cause}")

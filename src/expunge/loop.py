@@ -63,6 +63,7 @@ def make_accelerator(precision: str) -> Any:
 
     Raises:
         ConfigError: Half precision with loss scaling on the CPU.
+        ResourceError: The environment names more processes than take part.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -74,7 +75,11 @@ def make_accelerator(precision: str) -> Any:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state()
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=float(os.environ.get("EXPUNGE_TIMEOUT", 600))))
-    return Accelerator(mixed_precision=wanted, kwargs_handlers=[timeout])
+    on_cpu = not torch.accelerator.is_available()  # without saying so, several CPU processes would not find each other
+    accelerator = Accelerator(mixed_precision=wanted, cpu=on_cpu, kwargs_handlers=[timeout])
+    if (expected := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise ResourceError(f"WORLD_SIZE is {expected} but {accelerator.num_processes} process takes part in this run")
+    return accelerator
 
 
 class Loop:
@@ -225,8 +230,8 @@ class Loop:
             if error.args[0] not in self.ctx.split:
                 raise
             raise ConfigError(
-                f"objective '{self.objective.part_name}' does not fit its schedule '{self.objective.schedule.kind}': a step "
-                f"holds {', '.join(batches)} and the role '{error.args[0]}' cannot be used"
+                f"objective '{self.objective.part_name}' does not fit its schedule '{self.objective.schedule.kind}': "
+                f"a step holds {', '.join(batches)} and the role '{error.args[0]}' cannot be used"
             ) from error
 
     def _update(self, logged: Mapping[str, Tensor]) -> dict[str, float]:
@@ -262,15 +267,19 @@ class Loop:
         return numbers
 
     def _total(
-        self, terms: Mapping[str, Term], batches: Mapping[str, Batch], totals: Mapping[str, int], logged: dict[str, Tensor]
+        self,
+        terms: Mapping[str, Term],
+        batches: Mapping[str, Batch],
+        totals: Mapping[str, int],
+        logged: dict[str, Tensor],
     ) -> Tensor | None:
         loss: Tensor | None = None
         for name, term in terms.items():
             shape = () if term.role is None else (len(batches[term.role]),) if term.role in batches else None
             if term.values.shape != shape:
                 raise ConfigError(
-                    f"loss term '{name}' must hold one value per sample of a role of this step ({', '.join(batches)}), or "
-                    f"a single number with role None; got shape {list(term.values.shape)} for role {term.role!r}"
+                    f"loss term '{name}' must hold one value per sample of a role of this step ({', '.join(batches)}), "
+                    f"or a single number with role None; got shape {list(term.values.shape)} for role {term.role!r}"
                 )
             value = term.values if term.role is None else term.values.sum() / totals[term.role]
             logged[name] = logged.get(name, 0) + value.detach()
@@ -285,16 +294,16 @@ class Loop:
         if bad:
             term = next((k for k in bad if k != "loss"), bad[0])
             raise DivergedError(
-                f"diverged at step {self.at.step}: {what} is not finite, term = {term}. Use a smaller learning rate, fewer "
-                "steps or gradient clipping; the model is left as it was"
+                f"diverged at step {self.at.step}: {what} is not finite, term = {term}. Use a smaller learning rate, "
+                "fewer steps or gradient clipping; the model is left as it was"
             )
 
     def _check_weights(self) -> None:
         for name, parameter in self.space.parameters.items():
             if not bool(torch.isfinite(parameter).all()):
                 raise DivergedError(
-                    f"diverged at step {self.at.step}: '{name}' has weights that are not finite. Use a smaller learning "
-                    "rate, fewer steps or gradient clipping; the model is left as it was"
+                    f"diverged at step {self.at.step}: '{name}' has weights that are not finite. Use a smaller "
+                    "learning rate, fewer steps or gradient clipping; the model is left as it was"
                 )
 
     def _scaled_step(self, scaler: Any, numbers: dict[str, float]) -> None:

@@ -48,16 +48,16 @@ def unlearn(
 ) -> Patch:
     """Make a model forget and return the change as a patch.
 
-    The model is left exactly as found unless ``inplace``. Every draw derives from ``seed``; on one machine and one set of
-    versions the patch is reproducible bit for bit on the CPU.
+    The model is left exactly as found unless ``inplace``. Every draw derives from ``seed``; on one machine and one set
+    of versions the patch is reproducible bit for bit on the CPU.
 
     Args:
         task: Model and data.
         request: What to forget.
         recipe: How.
         seed: Seed of the run.
-        run_dir: Folder for ``run.json``, ``log.jsonl``, ``checkpoint.safetensors`` and ``patch.safetensors``. A killed run
-            with the same settings resumes there; a finished one returns its patch.
+        run_dir: Folder for ``run.json``, ``log.jsonl``, ``checkpoint.safetensors`` and ``patch.safetensors``. A killed
+            run with the same settings resumes there; a finished one returns its patch.
         checkpoint_every: Steps between checkpoints; by default at every epoch's end.
         trackers: ``tensorboard``, ``wandb``.
         progress: Show a progress bar.
@@ -77,7 +77,9 @@ def unlearn(
         ConfigError: The run folder belongs to a run with other settings.
     """
     if inplace and applied(task.model):
-        raise ConfigError("the model carries applied patches; `revert` them, or make them permanent with `settle`, first")
+        raise ConfigError(
+            "the model carries applied patches; `revert` them, or make them permanent with `settle`, first"
+        )
     split = task.split(request)
     guards.check_disjoint(split)
     patch = execute(
@@ -142,9 +144,7 @@ def execute(
     return patch
 
 
-def _tracker(
-    folder: Path | None, trackers: Sequence[TrackerName], identity: dict[str, Any], progress: bool
-) -> Tracker:
+def _tracker(folder: Path | None, trackers: Sequence[TrackerName], identity: dict[str, Any], progress: bool) -> Tracker:
     return Tracker(folder, trackers, identity, progress, read_only=not is_main_process())
 
 
@@ -223,7 +223,7 @@ def reinitialise(model: torch.nn.Module, key: int) -> None:
     """
     rng.seed_everything(key % 2**32)
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False)) + [b for b in module.buffers(recurse=False)]
+        own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
@@ -297,7 +297,8 @@ def run_folder(folder: Path | None, identity: dict[str, Any]) -> Iterator[Patch 
             differing = differences(_read_identity(known), identity)
             if differing:
                 raise ConfigError(
-                    f"{folder} holds a run with other settings: {'; '.join(differing[:5])}. Choose another folder or remove it"
+                    f"{folder} holds a run with other settings: {'; '.join(differing[:5])}. Choose another folder "
+                    "or remove it"
                 )
         elif is_main_process():
             atomic_write(known, json.dumps({"identity": identity, "versions": current_versions()}, indent=2))

@@ -38,8 +38,8 @@ def saliency_scores(
         task: Model and loss.
         batches: The forget set, once.
         parameters: What to score.
-        reduction: ``sample_mean`` weighs every sample equally. ``batch_mean_sum`` adds the means of batches as published,
-            so samples of a short last batch weigh more.
+        reduction: ``sample_mean`` weighs every sample equally. ``batch_mean_sum`` adds the means of batches as
+            published, so samples of a short last batch weigh more.
 
     Returns:
         ``(scores, last)``: per parameter ``|gradient|``, and the signed gradient of the last batch alone.

@@ -131,7 +131,9 @@ class Tracker:
         if self._path.exists():
             rows = [r for r in read_log(self._path, tolerate_tail=True) if r["step"] < done]
         if len(rows) != done:  # a stop rule would see another history than the run that was interrupted
-            raise ArtifactError(f"{self._path} has {len(rows)} of the {done} steps before the checkpoint; remove the run folder")
+            raise ArtifactError(
+                f"{self._path} has {len(rows)} of the {done} steps before the checkpoint; remove the run folder"
+            )
         return rows
 
     def row(self, row: Mapping[str, Any]) -> None:

@@ -121,11 +121,14 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "tensors": {n: tensor_digest(t) for n, t in model.state_dict().items()},
         "dtypes": {n: str(t.dtype) for n, t in model.state_dict().items()},
         "identity": {n: id(t) for n, t in model.state_dict(keep_vars=True).items()},
-        "grads": {n: None if p.grad is None else (id(p.grad), tensor_digest(p.grad)) for n, p in model.named_parameters()},
+        "grads": {
+            n: None if p.grad is None else (id(p.grad), tensor_digest(p.grad)) for n, p in model.named_parameters()
+        },
         "flags": {n: p.requires_grad for n, p in model.named_parameters()},
         "modes": {n: m.training for n, m in modules.items()},
         "hooks": {
-            n: {k: list(v) for k, v in vars(m).items() if "hook" in k and hasattr(v, "keys")} for n, m in modules.items()
+            n: {k: list(v) for k, v in vars(m).items() if "hook" in k and hasattr(v, "keys")}
+            for n, m in modules.items()
         },
         "grad_mode": torch.is_grad_enabled(),
         "rng": {
@@ -171,7 +174,7 @@ def check_run(task: ClassifierTask, recipe: Recipe, tmp_path: Any) -> Patch:
     return patch
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """Raised in the middle of a run."""
 
 
@@ -195,7 +198,9 @@ def check_resume(task: ClassifierTask, recipe: Recipe, tmp_path: Any, steps: int
     )
     assert taken[0] == steps - 1, "the step that was not checkpointed is taken again, the ones before are not"
     assert resumed.digest == whole.digest
-    one_less = unlearn(copy.deepcopy(task), REQUEST, recipe.replace(optim={"max_steps": steps - 1}), allow_no_effect=True)
+    one_less = unlearn(
+        copy.deepcopy(task), REQUEST, recipe.replace(optim={"max_steps": steps - 1}), allow_no_effect=True
+    )
     assert one_less.digest != whole.digest, "the comparison must be able to fail"
 
 

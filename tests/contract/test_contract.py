@@ -79,12 +79,14 @@ def test_every_schedule(task, name):
     tried = 0
     for schedule in contract.schedules_of(name):
         try:
-            part = type(contract.build("objective", name))(**{**contract.arguments("objective", name), "schedule": schedule})
+            part = type(contract.build("objective", name))(
+                **{**contract.arguments("objective", name), "schedule": schedule}
+            )
             recipe = Recipe(name=name, objective=part, space="all", optim=contract.OPTIM)
             contract.skip_if_missing(task, recipe)
             patch = contract.unlearn(task, contract.REQUEST, recipe)
         except (CapabilityError, ConfigError) as error:
-            assert "schedule" in str(error) or schedule.kind in str(error) or "role" in str(error), error
+            assert "schedule" in str(error) or schedule.kind in str(error) or "role" in str(error), error  # noqa: PT017
             continue
         assert len(patch)
         tried += 1

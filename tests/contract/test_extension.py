@@ -128,7 +128,7 @@ def test_the_contract_catches_a_space_that_leaks(extension, task, tmp_path, monk
         return loss
 
     monkeypatch.setattr(extension.Bounded, "bind", leaky)
-    with pytest.raises(InvariantError, match="'fc.bias' is outside"):
+    with pytest.raises(InvariantError, match=r"'fc.bias' is outside"):
         contract.check_run(task, contract.method_recipe(NAMES["method"]), tmp_path)
 
 

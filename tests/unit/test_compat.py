@@ -24,7 +24,9 @@ def run(tmp_path, healthy, body):
 
 
 def test_a_healthy_torchvision_is_left_alone(tmp_path):
-    done = run(tmp_path, True, "import torchvision; assert torchvision.__version__ == '0'; assert _compat.declared == []")
+    done = run(
+        tmp_path, True, "import torchvision; assert torchvision.__version__ == '0'; assert _compat.declared == []"
+    )
     assert done.returncode == 0, done.stderr
 
 

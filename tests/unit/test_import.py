@@ -14,7 +14,8 @@ HEAVY = ("torch", "numpy", "torchvision", "timm", "sklearn", "scipy", "matplotli
 def loaded_after(code: str) -> list[str]:
     """The heavy packages that a fresh interpreter holds after running ``code``."""
     tell = f"import sys; print(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", f"{code}\n{tell}"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{tell}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
@@ -58,3 +59,15 @@ def test_unknown_name_suggests():
 
 def test_dir_lists_public_names():
     assert dir(expunge) == sorted(expunge.__all__)
+
+
+def test_no_submodule_hides_a_public_name():
+    """Importing ``expunge.x`` binds the module to ``expunge.x``; a public name of that spelling must survive it."""
+    code = """
+import importlib, types, expunge
+for home in expunge._PUBLIC.values():
+    importlib.import_module(home)
+hidden = [n for n in expunge._PUBLIC if isinstance(getattr(expunge, n), types.ModuleType)]
+assert not hidden, hidden
+"""
+    loaded_after(code)

@@ -220,10 +220,10 @@ def test_a_second_application_is_refused():
     patch = patches_of(model)[0]
     apply(model, patch)
     once = state(model)
-    with pytest.raises(ArtifactError, match="'a.weight'.*already applied"):
+    with pytest.raises(ArtifactError, match=r"'a.weight'.*already applied"):
         apply(model, patch)
     assert state(model) == once
-    with pytest.raises(ArtifactError, match="'a.weight'.*already applied"):
+    with pytest.raises(ArtifactError, match=r"'a.weight'.*already applied"):
         apply(Net(), patch, patch)
 
 
@@ -246,11 +246,11 @@ def test_a_change_that_does_not_fit_is_refused():
     m = manifest(model)
     with pytest.raises(ArtifactError, match=r"'a.weight' has shape \[5, 6\]"):  # it would broadcast
         apply(model, Patch({"a.weight": Dense(torch.ones(6))}, m))
-    with pytest.raises(ArtifactError, match="'bn.num_batches_tracked' holds torch.int64"):
+    with pytest.raises(ArtifactError, match=r"'bn.num_batches_tracked' holds torch.int64"):
         apply(model, Patch({"bn.num_batches_tracked": Dense(torch.tensor(1.0))}, m))
     with pytest.raises(ArtifactError, match="'zz'"):
         Patch({"zz": Dense(torch.ones(2))}, m)
-    with pytest.raises(ArtifactError, match="'a.bias'.*NaN"):
+    with pytest.raises(ArtifactError, match=r"'a.bias'.*NaN"):
         Patch({"a.bias": Dense(torch.full((5,), math.nan))}, m)
 
 
@@ -264,7 +264,7 @@ def test_a_model_modified_after_apply_is_noticed(name):
     with pytest.raises(ArtifactError, match=f"'{name}' was modified"):
         apply(model, second)
     if name == "a.weight":
-        with pytest.raises(ArtifactError, match="'a.weight' was modified"):
+        with pytest.raises(ArtifactError, match=r"'a.weight' was modified"):
             revert(model)
     else:
         revert(model)  # what the patch changed is as it was; the caller's own change stays
@@ -461,7 +461,7 @@ def test_newer_formats_and_other_files_are_refused(tmp_path):
         h["manifest"]["a_field_of_the_future"] = 1
 
     rewrite(path, newer)
-    with pytest.raises(ArtifactError, match="format 99.*update expunge"):
+    with pytest.raises(ArtifactError, match=r"format 99.*update expunge"):
         Patch.load(path)
     from safetensors.torch import save_file
 

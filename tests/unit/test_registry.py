@@ -56,7 +56,7 @@ def test_method_functions_must_be_fully_typed():
     with pytest.raises(ConfigError, match="keyword-only"):
 
         @method("bad_one", Info("x."))
-        def bad(keep: float = 1.0, *, optim: Optim = Optim()) -> Recipe: ...
+        def bad(keep: float = 1.0, *, optim: Optim = Optim()) -> Recipe: ...  # noqa: B008
 
     with pytest.raises(ConfigError, match="optim"):
 

@@ -79,7 +79,9 @@ def test_index_files(tmp_path):
     assert ForgetRequest.from_file(rich).resolve(LABELS, CLASSES)[1].tolist() == [5, 6]
 
 
-@pytest.mark.parametrize("text", ["{}", "[1.5]", '["a"]', "[true]", "nonsense", '{"forget": 3}', '{"forget": [1], "x": 2}'])
+@pytest.mark.parametrize(
+    "text", ["{}", "[1.5]", '["a"]', "[true]", "nonsense", '{"forget": 3}', '{"forget": [1], "x": 2}']
+)
 def test_broken_index_files_name_the_file(tmp_path, text):
     path = tmp_path / "bad.json"
     path.write_text(text)

@@ -1,4 +1,4 @@
-"""The shape of the core: five methods of five kinds go through the same `unlearn`, become patches, and come off exactly.
+"""The shape of the core: five methods of five kinds go through one `unlearn`, become patches, and come off exactly.
 
 The parts below are small stand-ins for SalUn, BARRIER, SCAR, SLUG and SRS-ME. Nothing in the package knows them.
 """

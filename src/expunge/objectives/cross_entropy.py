@@ -106,7 +106,8 @@ class RandomLabel(Objective):
     """``mean loss(forget, y') + alpha * mean loss(retain, y)`` (SalUn, equation for classifiers).
 
     Args:
-        schedule: ``sequential`` (forget pass, then retain pass), ``single`` over ``mixed`` or ``forget``, or ``paired``.
+        schedule: ``sequential`` (forget pass, then retain pass), ``single`` over ``mixed`` or ``forget``, or
+            ``paired``.
         alpha: Weight of the retain loss.
         exclude_true: ``y'`` uniform over the other classes; ``False`` gives the published draw over all classes.
         redraw: New labels every epoch, or the same throughout.

@@ -1,7 +1,7 @@
 """Putting patches on a model and taking them off again, exactly.
 
-Undo is always recomputed from the base tensors, never subtracted: ``(w + d) - d`` differs from ``w`` for about one float
-in nine. Changes are summed in an order fixed by the patches' digests, so the order of application does not matter.
+Undo is always recomputed from the base tensors, never subtracted: ``(w + d) - d`` differs from ``w`` for about one
+float in nine. Changes are summed in an order fixed by the patches' digests, so the order of application does not matter.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def check_base(digests: Mapping[str, str], patch: Patch) -> None:
         raise ArtifactError(
             f"the patch belongs to another base: {len(differing)} of {len(wanted)} tensors differ, first '{first}' "
             f"(patch {wanted[first]}, model {digests[first]}); base digest {patch.manifest.base_digest[:12]} against "
-            f"{combine(dict(digests))[:12]}. Same architecture but other weights, another precision, or a patch already applied?"
+            f"{combine(dict(digests))[:12]}. Same architecture but other weights, another precision, or a "
+            "patch already applied?"
         )
 
 
@@ -126,8 +127,8 @@ def apply(model: nn.Module, *patches: Patch) -> nn.Module:
         made_on = patch.manifest.base_digest
         if made_on != combine(record.digests) and made_on == combine({**record.digests, **record.patched}):
             raise ArtifactError(
-                f"patch {patch.digest[:12]} was made on this model with other patches applied; `revert` cannot take those "
-                "off again beneath it. Make them permanent with `settle` first"
+                f"patch {patch.digest[:12]} was made on this model with other patches applied; `revert` cannot take "
+                "those off again beneath it. Make them permanent with `settle` first"
             )
         check_base(record.digests, patch)
         combined.append(patch)
@@ -145,8 +146,8 @@ def revert(model: nn.Module, *patches: Patch) -> nn.Module:
     record = _records.get(model)
     if record is None:
         raise ArtifactError(
-            "this model object carries no applied patch. If it was loaded from a patched file, use `expunge revert` with "
-            "the undo file, or load the base again"
+            "this model object carries no applied patch. If it was loaded from a patched file, use `expunge revert` "
+            "with the undo file, or load the base again"
         )
     tensors = named_tensors(model)[0]
     _check_untouched(tensors, record.patched)
@@ -192,7 +193,7 @@ def stack(base: Mapping[str, Tensor], *patches: Patch) -> dict[str, Tensor]:
         seen.add(patch.digest)
         check_base(digests, patch)
     out = dict(base)
-    for name in {n for p in patches for n in p}:
+    for name in sorted({n for p in patches for n in p}):
         out[name] = materialise(name, base[name], patches)
         for alias in {a for p in patches for a in p.manifest.aliases.get(name, ())} & set(base):
             out[alias] = out[name]
@@ -211,8 +212,8 @@ def _check_untouched(tensors: Mapping[str, Tensor], expected: Mapping[str, str])
 
 @torch.no_grad()
 def _rewrite(model: nn.Module, tensors: Mapping[str, Tensor], record: _Record, patches: list[Patch]) -> None:
-    names = {n for p in patches for n in p}
-    base = {n: record.base.get(n, tensors[n]) for n in names | set(record.base)}
+    names = sorted({n for p in patches for n in p})
+    base = {n: record.base.get(n, tensors[n]) for n in [*names, *sorted(set(record.base) - set(names))]}
     new = {n: materialise(n, base[n], patches) if n in names else base[n] for n in base}
     saved = {n: base[n] if n in record.base else base[n].detach().clone() for n in names}
     for name, value in new.items():

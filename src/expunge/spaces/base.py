@@ -114,7 +114,9 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
     for name, matched in named.items():
         others = {name, *aliases.get(name, ())} - matched
         if others:
-            warnings.warn(f"'{sorted(matched)[0]}' is shared with {', '.join(sorted(others))}: they change together", stacklevel=2)
+            warnings.warn(
+                f"'{sorted(matched)[0]}' is shared with {', '.join(sorted(others))}: they change together", stacklevel=2
+            )
     return {n: p for n, p in own.items() if n in chosen}
 
 

@@ -19,8 +19,8 @@ from expunge.spaces.base import DirectSpace, OpenSpace, Space, select_parameters
 def soft_threshold(delta: Tensor, k: int) -> Tensor:
     """``sign(d) * max(|d| - gamma, 0)`` with ``gamma`` the k-th smallest ``|d|`` (1-based; k = 0: unchanged).
 
-    >>> soft_threshold(torch.tensor([0.3, -0.1, 0.05, -0.4]), 2).tolist() == [0.30000001192092896 - 0.10000000149011612, 0.0, 0.0, -0.30000001192092896]
-    True
+    >>> [round(x, 4) + 0.0 for x in soft_threshold(torch.tensor([0.3, -0.1, 0.05, -0.4]), 2).tolist()]
+    [0.2, 0.0, 0.0, -0.3]
     """
     if k <= 0:
         return delta

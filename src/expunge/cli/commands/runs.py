@@ -118,9 +118,10 @@ def demo(
     progress: Progress = True,
 ) -> None:
     """Forget a class and 10 % of the samples on the bundled digits, with controls, reference and exact undo."""
+    from expunge.cli.show import console, say
     from expunge.demo import run_demo
 
-    run_demo(output, quick=quick, progress=progress)
+    run_demo(output, quick=quick, progress=progress, say=lambda x: say(x) if isinstance(x, str) else console().print(x))
 
 
 def _bar(title: str, wanted: bool) -> Any:

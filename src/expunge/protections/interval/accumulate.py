@@ -39,10 +39,9 @@ class Scatter:
             self.compute = torch.float32 if wide else torch.float64
             self._shift = rows.to(self.compute).mean(0)
             self._sum = torch.zeros(self.d, dtype=torch.float64, device=rows.device)
-            self._panels = [
-                torch.zeros(b - a, self.d - a, dtype=torch.float64, device=rows.device)
-                for a, b in itertools.pairwise(self._edges)
-            ]
+            sizes = [(b - a) * (self.d - a) for a, b in itertools.pairwise(self._edges)]
+            flat = torch.zeros(sum(sizes), dtype=torch.float64, device=rows.device).split(sizes)
+            self._panels = [p.view(-1, self.d - a) for p, a in zip(flat, self._edges[:-1], strict=True)]
         x = rows.to(self.compute) - self._shift
         total = x.sum(0)
         self.n += rows.shape[0]
@@ -55,11 +54,10 @@ class Scatter:
         """Return the mean ``[d]`` and the covariance (divided by N) ``[d, d]`` in float64, and free the sums."""
         offset = self._sum / self.n
         cov = torch.empty(self.d, self.d, dtype=torch.float64, device=self._sum.device)
-        for a, b in reversed(list(itertools.pairwise(self._edges))):
-            panel = self._panels.pop()
+        for panel, (a, b) in zip(self._panels, itertools.pairwise(self._edges), strict=True):
             cov[a:b, a:] = panel
             cov[a:, a:b] = panel.T
-            del panel
+        self._panels = []
         cov /= self.n
         cov -= torch.outer(offset, offset)
         return self._shift.double() + offset, cov

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from expunge import rng
 from expunge.errors import RequestError
-from expunge.protections.interval.regions import IntervalMode, Region, moments
+from expunge.protections.interval.regions import Bounds, IntervalMode, Region, moments
 from expunge.protections.interval.rows import ConvRows, drift_matrix
 from expunge.protections.interval.statistics import Statistics
 
@@ -100,22 +100,25 @@ class Form:
         self.kmax = kmax
 
     def _fill(self, i: int, stats: Statistics, settings: PenaltySettings, side: Tensor) -> None:
-        device = self.H.device
-        mu, basis = stats.mean.double().to(device), stats.basis.double().to(device)
+        target = self.H[i]
+        # float32 statistics of wide layers are folded in place, the others in float64
+        kind = target.dtype if stats.residual.dtype == torch.float32 else torch.float64
+        like: dict[str, Any] = {"dtype": kind, "device": target.device}
+        form = target.zero_() if target.dtype == kind else torch.zeros(target.shape, **like)
+        mu, basis = stats.mean.to(**like), stats.basis.to(**like)
         k = basis.shape[0]
-        form = settings.mean * torch.outer(mu, mu)
-        lead, s = settings.mean * mu, settings.mean
         if settings.residual and stats.residual_dim:
-            form.add_(stats.residual.to(device), alpha=settings.residual / stats.residual_dim)
+            form.add_(stats.residual.to(**like), alpha=settings.residual / stats.residual_dim)
+        form.addr_(mu, mu, alpha=settings.mean)
+        lead, s = settings.mean * mu, settings.mean
         if settings.interval and k and settings.mode != "off":
-            bounds = stats.bounds._replace(**{f: v.double().to(device) for f, v in stats.bounds._asdict().items()})
             m = moments(
                 settings.region,
-                bounds,
+                Bounds(*(b.to(**like) for b in stats.bounds)),
                 mode=settings.mode,
                 normalize=settings.normalize_region,
                 include_db=settings.include_db,
-                side=side.to(device),
+                side=side.to(target.device),
             )
             form.addmm_(basis.T @ m.centre, basis, alpha=settings.interval)
             lead = lead + settings.interval * (m.linear @ basis)
@@ -126,14 +129,15 @@ class Form:
         if settings.retain:
             if stats.retain_mean is None or stats.retain_cov is None:
                 raise RequestError("the retain part needs retain statistics; collect them or set retain_weight to 0")
-            mu_r = stats.retain_mean.double().to(device)
+            mu_r = stats.retain_mean.to(**like)
             form.addr_(mu_r, mu_r, alpha=settings.retain)
-            form.add_(stats.retain_cov.to(device), alpha=settings.retain)
+            form.add_(stats.retain_cov.to(**like), alpha=settings.retain)
             lead, s = lead + settings.retain * mu_r, s + settings.retain
         if settings.floor:
             form.diagonal().add_(settings.floor)
         self.lead[i, -1] = lead
-        self.H[i] = form
+        if form is not target:
+            target.copy_(form)
         self.s = s
 
     def gradient(self, drift: Tensor, bias: Tensor | None, scale: float = 1.0) -> tuple[Tensor, Tensor | None, Tensor]:
