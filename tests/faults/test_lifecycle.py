@@ -252,6 +252,22 @@ def test_two_runs_in_one_folder_are_kept_apart(task, tmp_path):
     assert len(unlearn(task, inject.REQUEST, full_recipe(), run_dir=tmp_path))  # free again
 
 
+def test_without_the_lock_two_runs_would_share_a_folder(task, tmp_path, monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(run, "_lock", lambda path: nullcontext())
+    other, results, logs = copy.deepcopy(task), [], []
+
+    def second(number, model, optimizer):
+        if number == 1:
+            logs.append((tmp_path / "log.jsonl").stat().st_ino)
+            results.append(unlearn(other, inject.REQUEST, full_recipe(), run_dir=tmp_path))
+
+    unlearn(task, inject.REQUEST, full_recipe(), run_dir=tmp_path, on_step=second)
+    assert len(results) == 1
+    assert (tmp_path / "log.jsonl").stat().st_ino != logs[0]  # the first run's record is gone
+
+
 def test_a_finished_folder_returns_its_patch_without_work(task, tmp_path):
     first = unlearn(task, inject.REQUEST, full_recipe(), run_dir=tmp_path)
     taken: list[int] = []

@@ -10,7 +10,7 @@ from torch import nn
 
 from expunge import guards
 from expunge.digest import model_digest
-from expunge.errors import ArtifactError, CapabilityError, ConfigError, RequestError
+from expunge.errors import ArtifactError, CapabilityError, ConfigError, DivergedError, RequestError
 from expunge.method import build_recipe
 from expunge.patch import apply
 from expunge.recipe import Recipe
@@ -200,6 +200,9 @@ def test_a_model_with_broken_weights_is_refused(task, monkeypatch):
     with torch.no_grad():
         task.model.conv2.weight[0, 0, 0, 0] = float("nan")
     with pytest.raises(RequestError, match=r"'conv2.weight' has NaN"):
+        unlearn(task, inject.REQUEST, inject.recipe())
+    monkeypatch.setattr(guards, "check_finite_model", lambda tensors: None)
+    with pytest.raises(DivergedError):  # without the guard the blame falls on the run
         unlearn(task, inject.REQUEST, inject.recipe())
 
 

@@ -90,5 +90,5 @@ def test_broken_index_files_name_the_file(tmp_path, text):
 
 
 def test_missing_index_file(tmp_path):
-    with pytest.raises(RequestError, match="none.json"):
+    with pytest.raises(RequestError, match=r"none\.json"):
         ForgetRequest.from_file(tmp_path / "none.json")

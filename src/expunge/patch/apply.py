@@ -1,7 +1,8 @@
 """Putting patches on a model and taking them off again, exactly.
 
 Undo is always recomputed from the base tensors, never subtracted: ``(w + d) - d`` differs from ``w`` for about one
-float in nine. Changes are summed in an order fixed by the patches' digests, so the order of application does not matter.
+float in nine. Changes are summed in an order fixed by the patches' digests, so the order of application does not
+matter.
 """
 
 from __future__ import annotations
