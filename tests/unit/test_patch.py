@@ -2,74 +2,19 @@
 
 import copy
 import itertools
-import json
 import math
-import struct
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patch_toys import DTYPES, Net, Tied, bits, draw, manifest, patches_of, sparse, state
 from torch import nn
 
-from expunge.digest import model_digest, named_tensors, state_digests
 from expunge.errors import ArtifactError, RequestError
-from expunge.patch import Dense, LowRank, Manifest, Patch, Replace, Sparse, applied, apply, base_state, revert, settle
+from expunge.patch import Dense, Patch, Replace, Sparse, applied, apply, base_state, revert, settle
 from expunge.patch import stack as stack_patches
-from expunge.patch.changes import pack_mask, smallest, unpack_mask
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-class Net(nn.Module):
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.a = nn.Linear(6, 5)
-        self.bn = nn.BatchNorm1d(5)
-        self.b = nn.Linear(5, 4, bias=False)
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(7, 3)
-        self.head = nn.Linear(3, 7, bias=False)
-        self.head.weight = self.embed.weight
-
-
-def manifest(model: nn.Module) -> Manifest:
-    tensors, aliases = named_tensors(model)
-    return Manifest(base_digest=model_digest(model), base_tensors=state_digests(tensors), aliases=aliases)
-
-
-def draw(shape, seed, scale=0.1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def sparse(shape, seed, density=0.3, scale=0.1):
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
-    return Sparse(mask, draw((int(mask.sum()),), seed + 1, scale))
-
-
-def patches_of(model: nn.Module) -> list[Patch]:
-    """Three additive patches that overlap in both matrices, of all three additive kinds."""
-    m = manifest(model)
-    return [
-        Patch({"a.weight": Dense(draw((5, 6), 1)), "a.bias": sparse((5,), 2, 0.6), "b.weight": sparse((4, 5), 3)}, m),
-        Patch({"a.weight": sparse((5, 6), 4), "b.weight": LowRank(draw((4, 2), 5), draw((2, 5), 6), (4, 5))}, m),
-        Patch({"a.weight": LowRank(draw((5, 1), 7), draw((1, 6), 8), (5, 6)), "b.weight": Dense(draw((4, 5), 9))}, m),
-    ]
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def state(model: nn.Module) -> dict[str, bytes]:
-    return {n: bits(t) for n, t in model.state_dict().items()}
-
+from expunge.patch.changes import smallest
 
 # ---- apply and revert
 
@@ -360,113 +305,3 @@ def test_smallest_form():
     delta[3] = 1
     assert isinstance(smallest(delta), Sparse)
     assert isinstance(smallest(torch.ones(1000)), Dense)
-
-
-# ---- storage
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_save_and_load_keep_every_bit(tmp_path, dtype):
-    model = Net().to(dtype)
-    kinds = [*patches_of(model), Patch({"bn.num_batches_tracked": Replace(torch.tensor(3))}, manifest(model))]
-    for number, patch in enumerate(kinds):
-        loaded = Patch.load(patch.with_metrics({"ua": 1.0}).save(tmp_path / f"{number}.safetensors"))
-        assert loaded.digest == patch.digest
-        assert loaded.manifest.metrics == {"ua": 1.0}
-        assert {n: c.kind for n, c in loaded.changes.items()} == {n: c.kind for n, c in patch.changes.items()}
-        assert state(apply(copy.deepcopy(model), loaded)) == state(apply(copy.deepcopy(model), patch))
-
-
-@given(st.floats(0, 1), st.integers(0, 400), st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
-def test_property_masks_pack_and_unpack(density, n, seed):
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
-    assert torch.equal(unpack_mask(pack_mask(mask), (n,)), mask)
-
-
-@pytest.mark.parametrize(("density", "limit"), [(0.01, 1.1), (0.1, 1.05), (0.5, 1.01)])
-def test_sparse_size_is_near_the_entropy_bound(tmp_path, density, limit):
-    n = 200_000
-    mask = torch.rand(n, generator=torch.Generator().manual_seed(0)) < density
-    change = Sparse(mask, draw((int(mask.sum()),), 1))
-    p = float(mask.float().mean())
-    entropy = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) * n / 8
-    bound = entropy + 4 * int(mask.sum())
-    assert bound * 0.999 <= change.nbytes <= bound * limit
-    patch = Patch({"w": change}, Manifest(base_digest="0", base_tensors={"w": "0"}))
-    path = patch.save(tmp_path / "p.safetensors")
-    assert path.stat().st_size <= change.nbytes + 2048
-    coordinates = 4 * int(mask.sum()) * 2  # what index-value pairs would need
-    assert change.nbytes < coordinates
-
-
-def test_a_mask_that_inflates_beyond_its_shape_is_refused():
-    packed = pack_mask(torch.zeros(80_000, dtype=torch.bool))
-    assert int(packed[0]) == 1
-    with pytest.raises(ArtifactError, match="where its shape"):
-        unpack_mask(packed, (8,))
-    with pytest.raises(ArtifactError, match="unknown encoding"):
-        unpack_mask(torch.tensor([9, 0], dtype=torch.uint8), (8,))
-
-
-def rewrite(path, edit):
-    """Change the header of a patch file the way an editor would."""
-    raw = path.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + size])
-    inner = json.loads(header["__metadata__"]["expunge"])
-    edit(inner)
-    header["__metadata__"]["expunge"] = json.dumps(inner)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
-
-
-def test_altered_files_are_refused(tmp_path):
-    path = patches_of(Net())[0].save(tmp_path / "p.safetensors")
-    good = path.read_bytes()
-    Patch.load(path)
-
-    flipped = bytearray(good)
-    for offset in (1, 9, 40):  # a mask, its neighbour, a value
-        flipped = bytearray(good)
-        flipped[-offset] ^= 1
-        path.write_bytes(flipped)
-        with pytest.raises(ArtifactError):
-            Patch.load(path)
-
-    def base(h):
-        h["manifest"]["base_tensors"]["a.weight"] = "0" * 16
-
-    def shape(h):
-        h["changes"]["a.weight"]["shape"] = [6, 5]
-
-    def notes(h):
-        h["manifest"]["notes"] = ["all is well"]
-
-    for edit in (base, shape, notes):
-        path.write_bytes(good)
-        rewrite(path, edit)
-        with pytest.raises(ArtifactError):
-            Patch.load(path)
-    path.write_bytes(good)
-    rewrite(path, lambda h: None)  # the tool itself does no harm
-    Patch.load(path)
-
-
-def test_newer_formats_and_other_files_are_refused(tmp_path):
-    path = patches_of(Net())[0].save(tmp_path / "p.safetensors")
-
-    def newer(h):
-        h["manifest"]["format"] = 99
-        h["manifest"]["a_field_of_the_future"] = 1
-
-    rewrite(path, newer)
-    with pytest.raises(ArtifactError, match=r"format 99.*update expunge"):
-        Patch.load(path)
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.ones(2)}, str(tmp_path / "w.safetensors"))
-    with pytest.raises(ArtifactError, match="not a patch"):
-        Patch.load(tmp_path / "w.safetensors")
-    with pytest.raises(ArtifactError, match="no such"):
-        Patch.load(tmp_path / "absent.safetensors")
