@@ -120,7 +120,7 @@ class Recipe(Frozen):
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Every setting, as JSON data; :meth:`parse` reads it back."""
+        """Every setting, as JSON data; ``Recipe(**data)`` reads it back."""
         return {
             "name": self.name,
             "objective": None if self.objective is None else self.objective.describe(),

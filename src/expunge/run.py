@@ -203,7 +203,8 @@ def _work(
     finally:
         space.close()
     changes |= _buffer_changes(buffers, base)
-    guards.check_outside(digests, base, named_tensors(model)[0], set(space.parameters) | set(changes))
+    free = set(buffers) if recipe.optim.norm == "train" else set()
+    guards.check_outside(digests, base, named_tensors(model)[0], set(space.parameters) | free)
     return changes
 
 

@@ -136,15 +136,15 @@ class Mask:
         bits: Bool mask per parameter name.
         keep: Kept fraction asked for.
         gamma: Score threshold (NaN where it does not apply).
-        base: Digest of the weights the scores were computed on.
-        request: Digest of the forget request.
+        base: Digest of the weights the scores were computed on; empty if unknown.
+        forget: Digest of the forget set's indices; empty if unknown.
     """
 
     bits: Mapping[str, Tensor]
     keep: float
     gamma: float = float("nan")
     base: str = ""
-    request: str = ""
+    forget: str = ""
 
     @property
     def ones(self) -> int:
@@ -164,7 +164,7 @@ class Mask:
     def save(self, path: str | Path) -> None:
         """Write bit-packed: at most N/8 bytes plus a short header."""
         flat = torch.cat([m.reshape(-1) for m in self.bits.values()])
-        head = {"keep": self.keep, "gamma": self.gamma, "base": self.base, "request": self.request, "n": self.numel}
+        head = {"keep": self.keep, "gamma": self.gamma, "base": self.base, "forget": self.forget, "n": self.numel}
         meta = {"expunge_mask": json.dumps({**head, "layout": layout_digest(self.bits)})}
         atomic_save_safetensors(path, {"mask": pack_mask(flat)}, meta)
 
@@ -188,7 +188,18 @@ class Mask:
         flat = unpack_mask(tensors["mask"], (total,))
         parts = torch.split(flat, [p.numel() for p in parameters.values()])
         bits = {n: part.reshape(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
-        return Mask(bits, head["keep"], head["gamma"], head["base"], head["request"])
+        return Mask(bits, head["keep"], head["gamma"], head["base"], head["forget"])
+
+
+    def check(self, base: str, forget: str, where: str) -> None:
+        """Refuse a mask that was made for other weights or another forget set.
+
+        Raises:
+            ArtifactError: It was; a mask that does not know where it came from is accepted.
+        """
+        for what, mine, theirs in (("weights", self.base, base), ("forget set", self.forget, forget)):
+            if mine and mine != theirs:
+                raise ArtifactError(f"{where}: the mask was made for other {what} ({mine[:12]} against {theirs[:12]})")
 
 
 def layout_digest(tensors: Mapping[str, Tensor]) -> str:

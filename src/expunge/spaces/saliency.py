@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from expunge.context import Context
+from expunge.digest import combine, state_digests, tensor_digest
 from expunge.part import part
 from expunge.registry import Info
 from expunge.saliency import Mask, Select, make_mask, saliency_scores
@@ -113,16 +115,19 @@ class SaliencyMask(Space):
     def open(self, ctx: Context) -> OpenSpace:
         """Compute (or load) the mask and open on the selected parameters."""
         parameters = select_parameters(ctx.model, self.targets)
+        base = combine(state_digests(parameters))
+        forget = tensor_digest(ctx.split["forget"])
         last: dict[str, Tensor] = {}
-        if self.file is not None and not self.residual:
-            mask = Mask.load(self.file, parameters)
-        else:
+        if self.file is None or self.residual:
             scores, last = saliency_scores(ctx.task, ctx.batches("forget", self.batch_size), parameters, self.reduction)
-            if self.file is not None:
-                mask = Mask.load(self.file, parameters)
-            else:
-                key = ctx.key("mask")
-                mask = make_mask(scores, self.keep, scope=self.scope, select=self.select, rule=self.rounding, key=key)
+        if self.file is not None:
+            mask = Mask.load(self.file, parameters)
+            mask.check(base, forget, self.file)
+        else:
+            made = make_mask(
+                scores, self.keep, scope=self.scope, select=self.select, rule=self.rounding, key=ctx.key("mask")
+            )
+            mask = replace(made, base=base, forget=forget)
         # The published code minimises -CE while scoring, so the left-over gradient has the opposite sign.
         residual = {n: -g for n, g in last.items()} if self.residual else None
         return MaskedSpace(parameters, mask, self.freeze, residual)
