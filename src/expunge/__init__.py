@@ -28,14 +28,13 @@ _PUBLIC = {
     "Optim": "expunge.recipe",
     "Patch": "expunge.patch",
     "Recipe": "expunge.recipe",
-    "Report": "expunge.report",
+    "Report": "expunge.report.model",
     "apply": "expunge.patch",
     "build_model": "expunge.models",
     "build_recipe": "expunge.method",
-    "evaluate": "expunge.evaluate",
+    "evaluate": "expunge.evaluation",
     "fit": "expunge.train",
     "load_data": "expunge.data",
-    "registry": "expunge.registry",
     "revert": "expunge.patch",
     "stack": "expunge.patch",
     "unlearn": "expunge.run",
@@ -59,7 +58,6 @@ __all__ = [
     "evaluate",
     "fit",
     "load_data",
-    "registry",
     "revert",
     "stack",
     "unlearn",
@@ -67,14 +65,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from expunge.data import DataSpec, load_data
-    from expunge.evaluate import evaluate
+    from expunge.evaluation import evaluate
     from expunge.method import build_recipe
     from expunge.models import ModelSpec, build_model
     from expunge.models.normalize import Normalize
-    from expunge.patch import Manifest, Patch, apply, revert, stack
+    from expunge.patch import Manifest, Patch, revert, stack
+    from expunge.patch.apply import apply
     from expunge.recipe import Optim, Recipe
-    from expunge.registry import registry
-    from expunge.report import Report
+    from expunge.report.model import Report
     from expunge.request import ForgetRequest
     from expunge.run import unlearn
     from expunge.tasks.classifier import ClassifierTask

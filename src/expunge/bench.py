@@ -18,7 +18,7 @@ from expunge.bench_table import Cell, columns, lines, markdown
 from expunge.config import BenchConfig, resolved_yaml
 from expunge.digest import json_digest, model_digest
 from expunge.errors import ExpungeError, NotComparableError
-from expunge.evaluate import GAP_KEYS, measure
+from expunge.evaluation import GAP_KEYS, measure
 from expunge.experiment import make_task, reference_of
 from expunge.metrics.accuracy import avg_gap
 from expunge.metrics.estimate import Estimate

@@ -18,7 +18,7 @@ import torch
 from expunge import experiment
 from expunge.config import RunConfig, Source, TrainConfig, parse_config, resolved_yaml
 from expunge.errors import ConfigError
-from expunge.evaluate import Candidate, controls, evaluate
+from expunge.evaluation import Candidate, controls, evaluate
 from expunge.patch import Patch
 from expunge.patch.files import apply_files, revert_file
 from expunge.report.model import Report
@@ -40,31 +40,29 @@ TRAINING: dict[str, Any] = {
     "augment": False,
     "weight_decay": 5e-4,
 }
-
-
-def _barrier(lr: float, epochs: int) -> dict[str, Any]:
-    """Random labels on the two last layers, held by the interval protection; the other samples are not trained on."""
-    layers = ["fc", "fc1"]
-    return {
-        "name": "barrier",
-        "objective": {"kind": "random_label", "schedule": {"kind": "single", "role": "forget", "batch_size": 64}},
-        "space": {"kind": "layers", "targets": layers},
-        "protections": [{"kind": "interval", "targets": layers, "lambda_interval": 0.03}],
-        "optim": {"lr": lr, "epochs": epochs, "weight_decay": 0.0},
-    }
-
-
 #: Methods per request; the first one is the subject of the report, the others are shown beside it.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "class": {
         "salun": {"batch_size": 64, "optim": {"lr": 0.003, "epochs": 5, "augment": False}},
-        "barrier": _barrier(0.003, 30),
+        "barrier": {
+            "targets": ["fc", "fc1"],
+            "lambda_interval": 0.03,
+            "use_actual_bounds": False,
+            "batch_size": 64,
+            "optim": {"lr": 0.003, "epochs": 30},
+        },
         "random_label": {"batch_size": 64, "optim": {"lr": 0.003, "epochs": 5, "augment": False}},
         "fine_tune": {"batch_size": 64, "optim": {"lr": 0.01, "epochs": 5, "augment": False}},
     },
     "random": {
         "salun": {"batch_size": 64, "optim": {"lr": 0.002, "epochs": 10, "augment": False}},
-        "barrier": _barrier(0.001, 10),
+        "barrier": {
+            "targets": ["fc", "fc1"],
+            "lambda_interval": 0.03,
+            "use_actual_bounds": False,
+            "batch_size": 64,
+            "optim": {"lr": 0.001, "epochs": 10},
+        },
         "random_label": {"batch_size": 64, "optim": {"lr": 0.002, "epochs": 10, "augment": False}},
         "fine_tune": {"batch_size": 64, "optim": {"lr": 0.01, "epochs": 5, "augment": False}},
     },
@@ -133,7 +131,7 @@ def run_demo(
 
 
 def _source(kind: str, task: dict[str, Any], method: tuple[str, dict[str, Any]]) -> Source:
-    recipe = method[1] if "objective" in method[1] else {"method": method[0], **method[1]}
+    recipe = {"method": method[0], **method[1]}
     name = f"digits {kind} {method[0]}"
     return Source({"name": name, "task": task, "request": REQUESTS[kind], "recipe": recipe}, "demo")
 

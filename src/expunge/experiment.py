@@ -17,7 +17,7 @@ from expunge.config.models import Experiment
 from expunge.data import load_data
 from expunge.digest import combine, named_tensors, state_digests
 from expunge.errors import ConfigError
-from expunge.evaluate import Candidate, controls, evaluate
+from expunge.evaluation import Candidate, controls, evaluate
 from expunge.models import Normalize, build_model
 from expunge.models.weights import save_weights
 from expunge.patch import Manifest, Patch, Replace

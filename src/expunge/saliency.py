@@ -190,7 +190,6 @@ class Mask:
         bits = {n: part.reshape(p.shape) for (n, p), part in zip(parameters.items(), parts, strict=True)}
         return Mask(bits, head["keep"], head["gamma"], head["base"], head["forget"])
 
-
     def check(self, base: str, forget: str, where: str) -> None:
         """Refuse a mask that was made for other weights or another forget set.
 

@@ -30,6 +30,7 @@ REQUEST = ForgetRequest.label("ant")
 #: Settings for parts that cannot be built from defaults, or whose defaults do not suit a network of two convolutions.
 ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("space", "layers"): {"targets": ["conv2", "fc"]},
+    ("space", "matched_layers"): {"targets": ["conv2", "fc"]},
     ("protection", "interval"): {"targets": ["conv2", "fc"], "lambda_interval": 0.1},
 }
 

@@ -39,6 +39,7 @@ class ClassifierTask(Task):
     """
 
     name = "classifier"
+    optional_capabilities = frozenset({"surrogate", "val", "forget_test"})
 
     def __init__(
         self,

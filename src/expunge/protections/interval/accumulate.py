@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +13,11 @@ from expunge import rng
 
 _PANEL = 128
 _DOUBLE_BELOW = 128
+
+
+def compute_dtype(dtype: torch.dtype, d: int) -> torch.dtype:
+    """Precision of products of rows of length ``d``: their own, but float64 when narrow."""
+    return torch.float32 if dtype != torch.float64 and d > _DOUBLE_BELOW else torch.float64
 
 
 class Scatter:
@@ -35,8 +41,7 @@ class Scatter:
     def update(self, rows: Tensor) -> bool:
         """Add ``rows [n, d]``; return False when they contain a non-finite number."""
         if not self.n:
-            wide = rows.dtype != torch.float64 and self.d > _DOUBLE_BELOW
-            self.compute = torch.float32 if wide else torch.float64
+            self.compute = compute_dtype(rows.dtype, self.d)
             self._shift = rows.to(self.compute).mean(0)
             self._sum = torch.zeros(self.d, dtype=torch.float64, device=rows.device)
             sizes = [(b - a) * (self.d - a) for a, b in itertools.pairwise(self._edges)]
@@ -82,19 +87,27 @@ class Sample:
 
     def update(self, rows: Tensor) -> None:
         """Offer ``rows [n, d]``."""
-        if not self.seen:
-            self._rows = rows.new_empty(self.capacity, rows.shape[1])
-            self._keys = np.empty(self.capacity, dtype=np.uint64)
-        keys = rng.uniform_bits(self.seed_key, torch.arange(self.seen, self.seen + rows.shape[0]))
-        free = max(0, min(self.capacity - self.seen, rows.shape[0]))
+        self.offer(rows.shape[0], rows.__getitem__)
+
+    def offer(self, n: int, rows: Callable[[Tensor], Tensor]) -> None:
+        """Offer ``n`` rows of which only those that enter the sample are made.
+
+        Args:
+            n: How many.
+            rows: Gives the rows ``[m, d]`` of increasing or arbitrary indices ``[m]`` below ``n``, int64 on the CPU.
+        """
+        keys = rng.uniform_bits(self.seed_key, torch.arange(self.seen, self.seen + n))
+        free = max(0, min(self.capacity - self.seen, n))
         if free:
-            self._rows[self.seen : self.seen + free] = rows[:free]
+            first = rows(torch.arange(free))
+            if not self.seen:
+                self._rows = first.new_empty(self.capacity, first.shape[1])
+                self._keys = np.empty(self.capacity, dtype=np.uint64)
+            self._rows[self.seen : self.seen + free] = first
             self._keys[self.seen : self.seen + free] = keys[:free]
-        self.seen += rows.shape[0]
-        if free == rows.shape[0]:
-            return
-        keys, rows = keys[free:], rows[free:]
-        candidates = np.flatnonzero(keys < self._keys.max())
+        self.seen += n
+        keys = keys[free:]
+        candidates = np.flatnonzero(keys < self._keys.max()) if len(keys) else keys
         if not candidates.size:
             return
         both = np.concatenate([self._keys, keys[candidates]])
@@ -104,8 +117,7 @@ class Sample:
         new = candidates[keep[keep >= self.capacity] - self.capacity]
         slots = np.flatnonzero(~stay)
         self._keys[slots] = keys[new]
-        where = torch.from_numpy(slots).to(rows.device)
-        self._rows[where] = rows[torch.from_numpy(new).to(rows.device)]
+        self._rows[torch.from_numpy(slots).to(self._rows.device)] = rows(torch.from_numpy(new + free))
 
     def rows(self) -> Tensor:
         """The kept rows ``[min(seen, capacity), d]``."""

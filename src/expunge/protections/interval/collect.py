@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from expunge.errors import DataError, RequestError
 from expunge.protections.interval import rows as rows_of
 from expunge.protections.interval.accumulate import Extremes, Sample, Scatter
+from expunge.protections.interval.displaced import PatchScatter, worthwhile
 from expunge.protections.interval.regions import Bounds
 from expunge.protections.interval.statistics import Collected, Statistics, box, decompose
 from expunge.protections.interval.tap import run
@@ -65,9 +67,24 @@ class _UnsharedError(Exception):
 
 @dataclass
 class _Gathered:
-    scatter: list[Scatter]
+    scatter: list[Scatter | PatchScatter]
     sample: list[Sample]
-    followers: list[str] = field(default_factory=list)
+
+    def update(self, x: Tensor, module: nn.Module, conv: rows_of.ConvRows) -> bool:
+        """Add an input; return False when it contains a non-finite number."""
+        finite = True
+        if isinstance(self.scatter[0], PatchScatter):
+            conv2d: nn.Conv2d = module  # type: ignore[assignment]
+            x = x[None] if x.dim() == 3 else x
+            for g, (scatter, part) in enumerate(zip(self.scatter, x.chunk(conv2d.groups, 1), strict=True)):
+                before = scatter.n
+                finite = scatter.update(part) and finite
+                self.sample[g].offer(scatter.n - before, partial(rows_of.patches_at, x, conv2d, g))
+            return finite
+        for g, rows in rows_of.iterate(x, module, conv):
+            finite = self.scatter[g].update(rows) and finite
+            self.sample[g].update(rows)
+        return finite
 
 
 @dataclass
@@ -111,15 +128,17 @@ class _FirstPass:
             d, g = rows_of.width(module, conv), rows_of.groups(module, conv)
             capacity = max(1, self.settings.buffer_bytes // (d * g * x.element_size()))
             seeds = [key(self.settings.seed, "interval rows", i) for i in range(g)]
-            self.gathered[name] = _Gathered([Scatter(d) for _ in range(g)], [Sample(capacity, s) for s in seeds])
-        into = self.gathered[name]
-        for g, rows in rows_of.iterate(x, module, conv):
-            if not into.scatter[g].update(rows):
-                raise DataError(
-                    f"layer '{name}': a forget input holds NaN or infinite values; find the sample that causes "
-                    f"them, or take the layer out of targets"
-                )
-            into.sample[g].update(rows)
+            quick = worthwhile(module, x, conv)
+            scatter: list[Scatter | PatchScatter] = [
+                PatchScatter(module) if quick else Scatter(d)  # type: ignore[arg-type]
+                for _ in range(g)
+            ]
+            self.gathered[name] = _Gathered(scatter, [Sample(capacity, s) for s in seeds])
+        if not self.gathered[name].update(x, module, conv):
+            raise DataError(
+                f"layer '{name}': a forget input holds NaN or infinite values; find the sample that causes "
+                f"them, or take the layer out of targets"
+            )
 
     def end_batch(self) -> None:
         if any((name in self._called) != (leader in self._called) for name, leader in self.leader.items()):

@@ -39,19 +39,38 @@ def width(module: nn.Module, conv: ConvRows) -> int:
     raise RequestError(f"{type(module).__name__} cannot be protected; choose Linear or Conv2d layers")
 
 
-def _pad(x: Tensor, module: nn.Conv2d) -> Tensor:
+def padding(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Zeros added left, right, above and below.
+
+    Raises:
+        RequestError: The layer pads with something else.
+    """
     if module.padding_mode != "zeros":
         raise RequestError(f"interval protection does not support padding_mode={module.padding_mode!r}; use zeros")
-    if isinstance(module.padding, str):
-        if module.padding == "valid":
-            return x
-        sides = []
-        for k, dil in reversed(list(zip(module.kernel_size, module.dilation, strict=True))):
-            total = dil * (k - 1)
-            sides += [total // 2, total - total // 2]
-        return F.pad(x, sides)
-    ph, pw = module.padding
-    return F.pad(x, (pw, pw, ph, ph)) if ph or pw else x
+    if module.padding == "valid":
+        return 0, 0, 0, 0
+    if module.padding == "same":
+        down, across = (dil * (k - 1) for k, dil in zip(module.kernel_size, module.dilation, strict=True))
+        return across // 2, across - across // 2, down // 2, down - down // 2
+    ph, pw = (int(p) for p in module.padding)
+    return pw, pw, ph, ph
+
+
+def patches_at(x: Tensor, module: nn.Conv2d, group: int, index: Tensor) -> Tensor:
+    """Single patches of one group, ``[m, d]``, as :func:`iterate` numbers them over all of ``x [n, C, H, W]``."""
+    left, right, top, bottom = padding(module)
+    (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+    height, width = x.shape[-2:]
+    down = (height + top + bottom - dh * (kh - 1) - 1) // sh + 1
+    across = (width + left + right - dw * (kw - 1) - 1) // sw + 1
+    index = index.to(x.device)
+    image, place = index // (down * across), index % (down * across)
+    y = (place // across * sh - top)[:, None] + dh * torch.arange(kh, device=x.device)
+    z = (place % across * sw - left)[:, None] + dw * torch.arange(kw, device=x.device)
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((z >= 0) & (z < width))[:, None]
+    part = x.chunk(module.groups, 1)[group]
+    picked = part[image[:, None, None], :, y.clamp(0, height - 1)[:, :, None], z.clamp(0, width - 1)[:, None]]
+    return torch.where(inside[..., None], picked, 0.0).permute(0, 3, 1, 2).reshape(len(index), -1)
 
 
 def iterate(x: Tensor, module: nn.Module, conv: ConvRows) -> Iterator[tuple[int, Tensor]]:
@@ -71,7 +90,8 @@ def iterate(x: Tensor, module: nn.Module, conv: ConvRows) -> Iterator[tuple[int,
     if conv == "channels":
         yield 0, x.movedim(1, -1).reshape(-1, x.shape[1])
         return
-    x = _pad(x, module)
+    sides = padding(module)
+    x = F.pad(x, sides) if any(sides) else x
     (sh, sw), g = module.stride, module.groups
     if module.kernel_size == (1, 1):
         x = x[:, :, ::sh, ::sw]
