@@ -64,7 +64,7 @@ class Scatter:
             cov[a:, a:b] = panel.T
         self._panels = []
         cov /= self.n
-        cov -= torch.outer(offset, offset)
+        cov.addr_(offset, offset, alpha=-1)
         return self._shift.double() + offset, cov
 
 

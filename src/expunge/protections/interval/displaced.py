@@ -33,8 +33,7 @@ def worthwhile(module: nn.Module, x: Tensor, conv: rows_of.ConvRows) -> bool:
     if c < MIN_CHANNELS or kh * kw == 1:
         return False
     grid = _Grid(module, *x.shape[-2:])
-    half = 4 * (grid.kh - 1) + 3
-    whole = half / 2 * grid.length * grid.height
+    whole = 1.5 * grid.kh * grid.length * grid.height
     strips = 0
     for ey, ex in grid.displacements():
         strips += sum(b - a for uy in range(grid.kh - ey) for a, b in grid.beyond(0, uy)) * grid.width
@@ -113,15 +112,13 @@ class PatchScatter:
     def update(self, x: Tensor) -> bool:
         """Add images ``[n, c, H, W]`` of one group; return False when they contain a non-finite number."""
         grid = _Grid(self.module, *x.shape[-2:])
-        x = x.transpose(2, 3) if grid.turned else x
         if not self.n:
             self._start(x)
         self.n += x.shape[0] * math.prod(grid.out)
         per_image = max(1, x[0].numel() * x.element_size())
         finite = True
         for part in x.split(max(1, rows_of.CHUNK_BYTES // per_image)):
-            pixels = part.permute(3, 2, 0, 1).to(self.compute) - self._shift
-            finite = self._add(pixels.contiguous(), grid) and finite
+            finite = self._add(self._pixels(part, grid), grid) and finite
         return finite
 
     def _start(self, x: Tensor) -> None:
@@ -129,6 +126,15 @@ class PatchScatter:
         self._shift = x.to(self.compute).mean((0, 2, 3))
         self._sums = torch.zeros(self.taps, self.taps, self.channels, dtype=torch.float64, device=x.device)
         self._counts = torch.zeros(self.taps, self.taps, dtype=torch.float64, device=x.device)
+
+    def _pixels(self, x: Tensor, grid: _Grid) -> Tensor:
+        """Shifted pixels ``[W, H, n, c]``, contiguous, of images ``[n, c, H, W]``."""
+        last = x.new_empty(x.shape[0], x.shape[2] * x.shape[3], x.shape[1])
+        for image, to in zip(x, last, strict=True):  # transposing matrices is several times faster than permuting
+            to.copy_(image.flatten(1).T)
+        order = (1, 2, 0, 3) if grid.turned else (2, 1, 0, 3)
+        pixels = last.view(x.shape[0], *x.shape[2:], -1).permute(order)
+        return torch.sub(pixels, self._shift, out=torch.empty(pixels.shape, dtype=self.compute, device=x.device))
 
     def _add(self, pixels: Tensor, grid: _Grid) -> bool:
         """Add shifted ``pixels [W, H, n, c]``."""
@@ -140,7 +146,7 @@ class PatchScatter:
         self._counts += pixels.shape[2] * inside
         spectrum, back = _transform(grid, pixels)
         waves = (spectrum @ pixels.flatten(1)).view(-1, *pixels.shape[1:])
-        planes = pixels.new_empty(grid.length, self.channels, self.channels)
+        planes = pixels.new_empty(back.shape[1], self.channels, self.channels)
         for ey in range(grid.kh):
             drop = grid.dilation[0] * ey
             if drop < grid.height:
@@ -190,32 +196,34 @@ class PatchScatter:
 
 
 def _transform(grid: _Grid, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Real transform ``[L, W]`` (cosines, then sines) and the way back to every lag ``[2 kw - 1, L]``."""
+    """Real transform ``[L, W]`` (cosines, then sines) and the way back from planes to lags ``[2 kw - 1, planes]``."""
     length, lags = grid.length, grid.dilation[1] * torch.arange(1 - grid.kw, grid.kw)
-    cosines, sines = torch.arange(length // 2 + 1), torch.arange(1, (length + 1) // 2)
-    # whole numbers are reduced first, so that angles stay small and exact
-    angle = lambda f, x: (torch.outer(f, x) % length).double() * (2 * math.pi / length)  # noqa: E731
-    x = torch.arange(grid.width)
-    forward = torch.cat([angle(cosines, x).cos(), angle(sines, x).sin()])
-    twice = torch.where((cosines == 0) | (2 * cosines == length), 1.0, 2.0).double()
-    back = torch.cat([angle(lags, cosines).cos() * twice, -2 * angle(lags, sines).sin()], 1) / length
+    waves = torch.arange(length // 2 + 1)
+    paired = (waves > 0) & (2 * waves != length)  # frequencies with a sine
+
+    def angle(f: Tensor, x: Tensor) -> Tensor:
+        return (torch.outer(f, x) % length).double() * (2 * math.pi / length)
+
+    forward = angle(waves, torch.arange(grid.width))
+    cos, sin = angle(lags, waves).cos(), angle(lags, waves[paired]).sin()
+    twice = cos[:, paired] * 2
+    # real part p + q and imaginary part r - p + q of the planes p, q, r of a frequency
+    cos[:, paired] = twice + 2 * sin
+    back = torch.cat([cos, twice - 2 * sin, -2 * sin], 1) / length
     back[lags.abs() >= grid.width] = 0.0
-    return forward.to(like), back.to(like)
+    return torch.cat([forward.cos(), forward[paired].sin()]).to(like), back.to(like)
 
 
 def _correlate(waves: Tensor, drop: int, planes: Tensor) -> None:
-    """Per frequency the product of rows with those ``drop`` below: real parts, then imaginary parts, in ``planes``."""
+    """Products of rows with those ``drop`` below, for cosines, sines, and (sum, difference) of both, in ``planes``."""
     length, height, _, c = waves.shape
     top, bottom = waves[:, : height - drop].reshape(length, -1, c), waves[:, drop:].reshape(length, -1, c)
-    real = length // 2 + 1
-    for f in range(real):
-        torch.mm(top[f].T, bottom[f], out=planes[f])
-        if 0 < f and 2 * f != length:
-            g = real + f - 1
-            planes[f].addmm_(top[g].T, bottom[g])
-            cross = top[g].T @ bottom[f]
-            # without a drop the other product is the transpose of this one
-            planes[g] = cross - (top[f].T @ bottom[g] if drop else cross.T)
+    for i in range(length):
+        torch.mm(top[i].T, bottom[i], out=planes[i])
+    for i in range(length, len(planes)):  # three products in place of four
+        sine = i - (len(planes) - length)
+        cosine = sine - length // 2
+        torch.mm((top[cosine] + top[sine]).T, bottom[cosine] - bottom[sine], out=planes[i])
 
 
 def _strips(pixels: Tensor, rows: list[Span], columns: list[Span], by: tuple[int, int]) -> list[Tensor]:
