@@ -107,7 +107,8 @@ def plan(config: BenchConfig) -> list[_Job]:
     for label, recipe in config.recipes():
         role = "reference" if recipe.from_scratch else "after"
         jobs += [_Job(label, role, seed, recipe) for seed in config.seeds]
-        if config.controls and role == "after":
+        wanted = label in config.controls if isinstance(config.controls, tuple) else config.controls
+        if wanted and role == "after":
             jobs += [_Job(f"{label}, {n}", "control", config.seeds[0], r, True) for n, r in control_recipes(recipe)]
     return jobs
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expunge.context import Context
 from expunge.digest import tensor_digest
-from expunge.errors import CapabilityError, InvariantError, NoEffectError, RequestError
+from expunge.errors import CapabilityError, DivergedError, InvariantError, NoEffectError, RequestError
 from expunge.patch.changes import Change, Replace, accumulate_dtype
 from expunge.recipe import Recipe
 from expunge.registry import registry
@@ -167,3 +167,20 @@ def check_effect(changes: Mapping[str, Change], base: Mapping[str, Tensor], reci
             cause = "no gradient reached the chosen space (everything frozen, or a loss that does not depend on it)"
         raise NoEffectError(f"{recipe.name} changed nothing: {cause}")
     return facts
+
+
+@torch.no_grad()
+def check_outputs(ctx: Context, samples: int = 64) -> None:
+    """The model's outputs are finite; weights can be finite and overflow all the same.
+
+    Raises:
+        DivergedError: They are not.
+    """
+    role = "retain" if "retain" in ctx.split.roles() else "forget"
+    ctx.model.eval()
+    outputs = ctx.task.predict(ctx.task.load(role, ctx.split[role][:samples], ctx.split))
+    if not bool(torch.isfinite(outputs).all()):
+        raise DivergedError(
+            f"after step {ctx.step} the weights are finite but the outputs on the {role} set are not. Use a smaller "
+            "learning rate or fewer steps; the model is left as it was"
+        )

@@ -199,6 +199,7 @@ def _work(
             resume=resume
         )
         guards.check_masked(space)
+        guards.check_outputs(ctx)
         changes = space.changes()
     finally:
         space.close()

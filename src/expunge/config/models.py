@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from expunge.data.spec import DataSpec
 from expunge.digest import json_digest
+from expunge.errors import did_you_mean
 from expunge.files import confined
 from expunge.method import build_recipe
 from expunge.models.build import ModelSpec
@@ -208,8 +209,10 @@ class BenchConfig(Experiment):
         methods: Method names or ``{method, **settings}``; ``label`` tells two entries of one method apart.
         seeds: Seeds of the runs.
         requests: What to forget, one table each.
+        controls: Run the controls of every method, of none, or of the methods with these labels.
     """
 
+    controls: bool | tuple[str, ...] = True  # type: ignore[assignment]
     methods: tuple[str | dict[str, Any], ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     requests: tuple[RequestConfig, ...] = Field(min_length=1)
@@ -220,6 +223,9 @@ class BenchConfig(Experiment):
         if len(set(labels)) < len(labels):
             twice = next(n for n in labels if labels.count(n) > 1)
             raise ValueError(f"'methods' has {twice!r} twice; give 'label' to tell them apart")
+        for label in self.controls if isinstance(self.controls, tuple) else ():
+            if label not in labels:
+                raise ValueError(f"'controls' names {label!r}, which is no method here{did_you_mean(label, labels)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("'seeds' has one seed twice")
         requests = [r.model_dump_json() for r in self.requests]

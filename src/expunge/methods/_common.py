@@ -51,6 +51,14 @@ def make_objective(
     return objective
 
 
+#: Random labels with frozen normalisation are steeper than with moving statistics, so the default rate is lower than
+#: the published one, with which a CIFAR ResNet-20 diverges.
+GENTLE = Optim(lr=5e-4, epochs=10, augment=True)
+PUBLISHED_LR = 0.013
+
+
 def as_trained(optim: Optim, profile: Profile) -> Optim:
-    """Let normalisation layers update their statistics where the published code does."""
-    return optim if profile == "as_intended" else optim.model_copy(update={"norm": "train"})
+    """Settings of the published code: moving normalisation statistics and, unless one was chosen, its learning rate."""
+    if profile == "as_intended":
+        return optim
+    return optim.model_copy(update={"norm": "train", "lr": PUBLISHED_LR if optim == GENTLE else optim.lr})

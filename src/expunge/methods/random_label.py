@@ -7,14 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from expunge.method import method
-from expunge.methods._common import SALUN_CODE, SALUN_COMMIT, Mixing, Profile, as_trained, make_objective
+from expunge.methods._common import GENTLE, SALUN_CODE, SALUN_COMMIT, Mixing, Profile, as_trained, make_objective
 from expunge.recipe import Optim, Recipe
 from expunge.registry import Info
 from expunge.spaces.layers import AllWeights
-
-#: Defaults of this method.
-OPTIM = Optim(lr=0.013, epochs=10, augment=True)
-
 
 @method(
     "random_label",
@@ -26,7 +22,7 @@ OPTIM = Optim(lr=0.013, epochs=10, augment=True)
         needs=("forget",),
         deviations=(
             "wrong labels exclude the true one; the code draws from all classes: `profile`",
-            "normalisation statistics are frozen by default: `profile`, `optim.norm`",
+            "normalisation statistics are frozen, and the learning rate is 5e-4 instead of 0.013: `profile`, `optim`",
             "labels are redrawn per epoch and sample, not per batch",
         ),
         aliases=("rl",),
@@ -38,7 +34,7 @@ def random_label(
     alpha: Annotated[float, Field(ge=0)] = 1.0,
     profile: Profile = "as_intended",
     batch_size: int = 256,
-    optim: Optim = OPTIM,
+    optim: Optim = GENTLE,
 ) -> Recipe:
     """``min mean loss(forget, y') + alpha * mean loss(retain, y)`` with ``y' != y``.
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from expunge.method import method
 from expunge.methods._common import (
+    GENTLE,
     SALUN_CODE,
     SALUN_COMMIT,
     SALUN_PAPER,
@@ -22,10 +23,6 @@ from expunge.spaces.base import Space
 from expunge.spaces.proximal import Proximal
 from expunge.spaces.saliency import SaliencyMask
 
-#: Defaults of this method.
-OPTIM = Optim(lr=0.013, epochs=10, augment=True)
-
-
 @method(
     "salun",
     Info(
@@ -37,7 +34,7 @@ OPTIM = Optim(lr=0.013, epochs=10, augment=True)
         deviations=(
             "mask scores weigh every sample equally and use no augmentation",
             "wrong labels exclude the true one",
-            "normalisation statistics are frozen",
+            "normalisation statistics are frozen, and the learning rate is 5e-4 instead of 0.013",
             "the anchor of the soft variant is the original model throughout",
             "`profile = 'as_published'` restores all of these but the mask's augmentation",
         ),
@@ -56,7 +53,7 @@ def salun(
     mask_file: str | None = None,
     profile: Profile = "as_intended",
     batch_size: int = 256,
-    optim: Optim = OPTIM,
+    optim: Optim = GENTLE,
 ) -> Recipe:
     """``theta_u = m * (theta_o + delta) + (1 - m) * theta_o`` with ``m = 1[|grad loss(D_f)| >= gamma]``.
 
