@@ -121,7 +121,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, float]:
     n = flat.size
     if not 1 <= k <= n:
         raise ConfigError(f"the mask needs 1 to {n} ones, got {k}")
-    gamma = flat[np.argpartition(flat, n - k)[n - k]]
+    gamma = np.partition(flat, n - k)[n - k]
     mask = flat > gamma
     ties = np.flatnonzero(flat == gamma)
     mask[ties[: k - int(mask.sum())]] = True
@@ -238,6 +238,8 @@ def make_mask(
         k = count_ones(n, keep, rule)
         if scope == "layer":
             k = max(k, 1)
+        if k < 1:
+            raise ConfigError(f"keep = {keep} of {n} weights selects none; at least {1 / n:.2g} is needed")
         if select == "top":
             chosen, gamma = top_k(joined, k)
         elif select == "bottom":

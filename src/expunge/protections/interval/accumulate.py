@@ -64,7 +64,8 @@ class Scatter:
             cov[a:, a:b] = panel.T
         self._panels = []
         cov /= self.n
-        cov.addr_(offset, offset, alpha=-1)
+        for a, b in itertools.pairwise(self._edges):
+            cov[a:b] -= torch.outer(offset[a:b], offset)
         return self._shift.double() + offset, cov
 
 

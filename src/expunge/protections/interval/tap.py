@@ -49,14 +49,10 @@ class _Enough(BaseException):
     """Every input of this batch has been seen; not an ``Exception``, so that no model swallows it."""
 
 
-def _power_of_four(n: int) -> bool:
-    return n & (n - 1) == 0 and n.bit_length() % 2 == 1
-
-
 class _Counter:
     """Decides when the rest of a forward pass cannot matter any more.
 
-    The first batch, and then the 4th, 16th, 64th ..., run to their end and fix how many calls a pass makes; in between
+    The first batch, and then the 2nd, 4th, 8th ..., run to their end and fix how many calls a pass makes; in between
     a pass stops before the last observed layer computes.
     """
 
@@ -68,7 +64,7 @@ class _Counter:
 
     def called(self) -> None:
         self.calls += 1
-        if self.enabled and self.calls == self.expected and not _power_of_four(self.batch):
+        if self.enabled and self.batch & (self.batch - 1) and self.calls == self.expected:
             raise _Enough
 
     def end(self) -> None:
