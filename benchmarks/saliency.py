@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/saliency.py [--repeats N] [--forget N] [--json FILE] [model ...]
 
 Set-up is everything that opening the space does: digests, gradient pass, selection, copies of the base weights. The
-plain pass is forward and backward over the same batches, nothing else. One thread, CPU seconds, alternating runs, the
-median ratio over pairs and the ratio of the fastest runs (other load only ever adds time). The fixed part (selection and digests) shrinks beside the pass as the forget set grows.
+plain pass is forward and backward over the same batches, nothing else. One thread, CPU seconds, alternating runs: the
+median ratio over pairs, and the ratio of the fastest runs (other load only ever adds time). The fixed part (selection
+and digests) shrinks beside the pass as the forget set grows.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def main() -> int:
         })  # fmt: skip
         print(
             f"{name:15} {numel:,} weights, {args.forget} samples: pass {rows[-1]['pass_s']:.2f} s, set-up "
-            f"{rows[-1]['setup_s']:.2f} s, ratio {ratio:.3f} (fastest runs {fastest:.3f}); file {size:,} bytes (limit {allowed:,.0f})",
+            f"{rows[-1]['setup_s']:.2f} s, ratio {ratio:.3f} (fastest runs {fastest:.3f}); "
+            f"file {size:,} bytes (limit {allowed:,.0f})",
             flush=True,
         )
         bad += [name] if ratio > LIMIT or size > allowed else []

@@ -29,6 +29,8 @@ from expunge.tasks.base import Split, Task
 from expunge.tasks.classifier import ClassifierTask
 
 GAP_KEYS = ("ua", "ra", "ta", "mia")
+#: Columns of the log that are no loss terms.
+BOOKKEEPING = frozenset({"epoch", "end_of_epoch", "lr", "grad_norm", "skipped"})
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def evaluate(
         class_accuracy=_class_accuracy(task, split, {"before": before, "after": after, "reference": oracle}),
         forgotten_classes=_forgotten(task, request),
         confidence=_confidence(before, after),
-        history=[dict(r) for r in subject.history] if subject is not None else [],
+        history=[_loss_terms(r) for r in subject.history] if subject is not None else [],
         not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"])), *not_shown],
         undo=list(undo),
         versions=current_versions(),
@@ -225,6 +227,11 @@ def evaluate(
         )
         report.flags = [*found, *_control_flags(before, subject, candidates, results)]
     return report
+
+
+def _loss_terms(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A logged step without what is not a part of the loss."""
+    return {k: v for k, v in row.items() if k not in BOOKKEEPING}
 
 
 def _gap(measured: Measured, oracle: Measured | None) -> dict[str, Estimate]:
@@ -292,7 +299,6 @@ def _confidence(before: Measured, after: Measured | None) -> dict[str, Histogram
 
 def _limits(class_wise: bool, has_reference: bool, n_forget: int) -> list[str]:
     limits = [
-        "Only the attacks listed were tried; another attack may still find traces of the forgotten data.",
         "Whether a little further training brings the knowledge back (relearning) was not measured.",
         "One run with one seed; intervals cover the sampling of images, not the variation between runs.",
     ]
@@ -318,7 +324,7 @@ def _describe_patch(report: Report, task: Task, subject: Candidate, patch: Patch
                 "relative": facts["relative_norm"],
             }
         )
-    report.recipe = dict(patch.manifest.recipe)
+    report.recipe = _flat(patch.manifest.recipe)
     report.patch = {
         "path": "patch.safetensors",
         "bytes": patch.nbytes,
@@ -330,6 +336,20 @@ def _describe_patch(report: Report, task: Task, subject: Candidate, patch: Patch
     report.seeds = {"run": patch.manifest.seed, **report.seeds}
     report.digests = {"base": patch.manifest.base_digest, "patch": patch.digest, **report.digests}
     report.not_shown += list(patch.manifest.notes)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys, without those that are not set."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple) and any(isinstance(v, Mapping) for v in value):
+            for number, item in enumerate(value):
+                found |= _flat(item, f"{prefix}{name}.{number}.")
+        elif value not in (None, [], ()):
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _control_flags(

@@ -12,6 +12,7 @@ from expunge.recipe import Optim, Recipe
 from expunge.registry import Info
 from expunge.spaces.layers import AllWeights
 
+
 @method(
     "random_label",
     Info(

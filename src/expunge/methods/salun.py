@@ -23,6 +23,7 @@ from expunge.spaces.base import Space
 from expunge.spaces.proximal import Proximal
 from expunge.spaces.saliency import SaliencyMask
 
+
 @method(
     "salun",
     Info(
