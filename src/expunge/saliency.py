@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -101,7 +102,7 @@ def count_ones(n: int, keep: float, rule: Literal["as_intended", "as_published"]
     """
     if not 0 < keep <= 1:
         raise ConfigError(f"keep must be in (0, 1], got {keep}: at 0 nothing may change")
-    return int(n * keep) if rule == "as_published" else int(n * keep + 1e-9)
+    return int(n * keep) if rule == "as_published" else int(Fraction(repr(keep)) * n)
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, float]:

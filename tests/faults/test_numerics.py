@@ -7,6 +7,7 @@ import inject
 import pytest
 import torch
 
+from expunge import guards
 from expunge.digest import model_digest
 from expunge.errors import ArtifactError, DataError, DivergedError
 from expunge.loop import Loop
@@ -105,8 +106,21 @@ def test_weights_that_overflow_in_the_last_step_are_noticed(task, monkeypatch):
     with pytest.raises(DivergedError, match=r"'fc.bias' has weights that are not finite"):
         unlearn(task, inject.REQUEST, recipe, on_step=last)
     monkeypatch.setattr(Loop, "_check_weights", lambda self: None)
+    with pytest.raises(DivergedError, match="outputs on the retain set are not"):  # the second line of defence
+        unlearn(task, inject.REQUEST, recipe, on_step=last)
+    monkeypatch.setattr(guards, "check_outputs", lambda ctx: None)
     with pytest.raises(ArtifactError, match=r"'fc.bias'.*NaN or infinite"):  # the patch refuses them, less helpfully
         unlearn(task, inject.REQUEST, recipe, on_step=last)
+
+
+def test_finite_weights_with_outputs_that_overflow_are_noticed(task):
+    def last(number, model, optimizer):
+        with torch.no_grad():
+            for weight in (model.conv2.weight, model.fc.weight):
+                weight.mul_(1e30)
+
+    with pytest.raises(DivergedError, match="outputs on the retain set are not"):
+        unlearn(task, inject.REQUEST, inject.recipe(optim={"max_steps": 1}), on_step=last)
 
 
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(task, tmp_path):
@@ -127,6 +141,7 @@ def test_without_the_guard_a_nan_would_run_on_to_the_end(task, monkeypatch):
     inject.nan_at(task, 3)
     monkeypatch.setattr(Loop, "_check_finite", lambda self, numbers, what: None)
     monkeypatch.setattr(Loop, "_check_weights", lambda self: None)
+    monkeypatch.setattr(guards, "check_outputs", lambda ctx: None)
     taken = []
     with pytest.raises(ArtifactError, match="NaN or infinite"):
         unlearn(task, inject.REQUEST, inject.recipe(), on_step=lambda n, *_: taken.append(n))

@@ -100,10 +100,15 @@ PROFILES = [
     ),
     (
         "barrier",
-        {},
+        {"batch_size": 64},
         {"optim.norm", "optim.augment", "optim.weight_decay", "objective.exclude_true", "space.rule", "protections"},
     ),
 ]
+
+
+def test_the_published_barrier_takes_larger_batches():
+    sizes = [method("barrier", profile=p).objective.schedule.batch_size for p in ("recommended", "as_published")]
+    assert sizes == [64, 256]
 
 
 @pytest.mark.parametrize(("name", "settings", "documented"), PROFILES)

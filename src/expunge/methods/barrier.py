@@ -58,7 +58,7 @@ def barrier(
     floor: Annotated[float, Field(ge=0)] = 0.0,
     retain_weight: Annotated[float, Field(ge=0)] = 0.0,
     profile: Literal["recommended", "as_published"] = "recommended",
-    batch_size: Annotated[int, Field(ge=1)] = 256,
+    batch_size: Annotated[int, Field(ge=1)] | None = None,
     optim: Optim = OPTIM,
 ) -> Recipe:
     """``loss(forget) + lambda / L * sum over layers (L_mean + L_res + L_int)`` on the named layers only.
@@ -91,10 +91,12 @@ def barrier(
         floor: Weight of an isotropic floor, which also covers directions without forget energy.
         retain_weight: Weight of the expected drift on retain inputs.
         profile: ``recommended`` or ``as_published``.
-        batch_size: Samples per step.
+        batch_size: Samples per step; by default 64, so that a forget set of hundreds gives enough steps, and 256 as
+            published.
         optim: Optimiser and loop settings.
     """
     published = profile == "as_published"
+    size = batch_size or (256 if published else 64)
     if published:
         optim = optim.model_copy(update={"norm": "train", "augment": True, "weight_decay": optim.weight_decay or 5e-4})
     protection = IntervalProtection(
@@ -115,11 +117,11 @@ def barrier(
         floor=floor,
         retain_weight=retain_weight,
         profile=profile,
-        batch_size=batch_size,
+        batch_size=256,
     )
     return Recipe(
         name="barrier",
-        objective=make_objective(on, mixing, batch_size, exclude_true=not published),
+        objective=make_objective(on, mixing, size, exclude_true=not published),
         space=MatchedLayers(targets=targets, rule="as_published" if published else "as_intended"),
         protections=() if lambda_interval == 0 else (protection,),
         optim=optim,

@@ -63,7 +63,11 @@ class DirectSpace(OpenSpace):
         self.base = {n: p.detach().clone() for n, p in parameters.items()}
 
     def changes(self) -> dict[str, Change]:
-        """Smallest exact form of ``new - base`` per parameter."""
+        """``new - base`` per parameter, rounded to its precision, in the smallest form.
+
+        Where a weight changes by more than half its size, base plus difference may miss the trained value by one unit
+        in the last place of the base. The patch, not the loop's last state, is what is evaluated and shipped.
+        """
         found = {}
         for name, parameter in self.parameters.items():
             acc = accumulate_dtype(parameter.dtype)

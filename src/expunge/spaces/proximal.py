@@ -65,6 +65,8 @@ class _Proximal(DirectSpace):
         inner = ctx.position if ctx.roles == ("retain",) else 0
         left = max(0, total - (ctx.epoch * length + inner + 1))
         k = int(self._settings.keep * (left / total * now.numel()))
+        if k == 0:
+            return
         shrunk = soft_threshold(now - self._anchor, k)
         new = torch.where(shrunk == 0, self._anchor, self._anchor + shrunk)
         sizes = [p.numel() for p in self.parameters.values()]
