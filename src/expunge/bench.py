@@ -246,7 +246,7 @@ def save(result: BenchResult, config: BenchConfig) -> None:
     """Write ``table.md``, ``table.csv`` and ``results.json``."""
     rows = lines(result.cells)
     names = columns(rows)
-    files.atomic_write(result.folder / "table.md", markdown(rows, config.name))
+    files.atomic_write(result.folder / "table.md", markdown(rows, config.name, config.digest))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
@@ -259,7 +259,8 @@ def save(result: BenchResult, config: BenchConfig) -> None:
             numbers += [mean(v) if v else "", stdev(v) if len(v) > 1 else "", len(v)]
         writer.writerow([row.request, row.label, row.role, row.runs, row.failed, *numbers])
     files.atomic_write(result.folder / "table.csv", buffer.getvalue())
-    body = {"name": config.name, "versions": current_versions(), "cells": [asdict(c) for c in result.cells]}
+    cells = [asdict(c) for c in result.cells]
+    body = {"name": config.name, "config": config.digest, "versions": current_versions(), "cells": cells}
     files.atomic_write(result.folder / "results.json", json.dumps(body, indent=1, allow_nan=False))
 
 

@@ -109,10 +109,11 @@ def headings(names: Sequence[str]) -> list[str]:
     return [f"{known.get(n, {}).get('label', n)}" + (f" ({units[n]})" if units[n] else "") for n in names]
 
 
-def markdown(rows: Sequence[Line], title: str) -> str:
-    """The table of every request as Markdown."""
+def markdown(rows: Sequence[Line], title: str, digest: str) -> str:
+    """The table of every request as Markdown, with the digest of the configuration."""
     names = columns(rows)
     parts = [f"# {_escaped(title)}", "", "Mean ± standard deviation over the seeds; runs: seeds that finished."]
+    parts += [f"Configuration {digest[:16]}; `results.json` has every interval and sample count."]
     for request in dict.fromkeys(r.request for r in rows):
         parts += ["", f"## {_escaped(request)}", "", "| " + " | ".join(["model", "runs", *headings(names)]) + " |"]
         parts += ["|" + " --- |" * (len(names) + 2)]

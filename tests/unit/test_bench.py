@@ -147,7 +147,7 @@ def test_controls_are_shortened_only_where_nothing_accumulates() -> None:
 
 def test_names_cannot_break_the_table() -> None:
     cell = Cell("a|b\x1b[31m<script>", "after", "class 0", 0, "x", {"ua": {"value": 1.0}})
-    text = markdown(lines([cell]), "t")
+    text = markdown(lines([cell]), "t", "0" * 64)
     assert "\x1b" not in text
     assert "<script>" not in text
     assert "a\\|b" in text

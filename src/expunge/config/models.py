@@ -233,6 +233,12 @@ class BenchConfig(Experiment):
             raise ValueError("'requests' has one request twice")
         return self
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that the table depends on (not of names and folders)."""
+        data = self.model_dump(mode="json", exclude={"name", "output", "trackers", "checkpoint_every", "methods"})
+        return json_digest({**data, "methods": {label: recipe.describe() for label, recipe in self.recipes()}})
+
     def recipes(self) -> list[tuple[str, Recipe]]:
         """Labels and recipes, in order."""
         found = []
