@@ -25,8 +25,10 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces, no NaN)."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    ).hexdigest()
 
 
 def combine(digests: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from expunge import files
+from expunge.digest import model_digest
 from expunge.errors import ArtifactError, ConfigError, ResourceError
 from expunge.models import ModelSpec, build_model, convert_pickle, load_weights, save_weights
 
@@ -120,11 +121,11 @@ def test_broken_safetensors_leave_the_model_alone(tmp_path, how):
     content, message = BROKEN[how]
     file, model = tmp_path / "w.safetensors", mlp()
     file.write_bytes(content)
-    before = files.sha256_tensors(model.state_dict())
+    before = model_digest(model)
     with pytest.raises(ArtifactError, match=message) as caught:
         load_weights(model, file)
     assert str(file) in str(caught.value)
-    assert files.sha256_tensors(model.state_dict()) == before
+    assert model_digest(model) == before
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
@@ -133,13 +134,13 @@ def test_truncated_weights(tmp_path, share):
     save_weights(mlp(1), file)
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
-    before = files.sha256_tensors(model.state_dict())
+    before = model_digest(model)
     with pytest.raises(ArtifactError, match=r"w\.safetensors"):
         load_weights(model, file)
-    assert files.sha256_tensors(model.state_dict()) == before
+    assert model_digest(model) == before
     file.write_bytes(content)
     load_weights(model, file)
-    assert files.sha256_tensors(model.state_dict()) != before
+    assert model_digest(model) != before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -148,12 +149,12 @@ def test_nonfinite_weights_need_permission(tmp_path, value):
     with torch.no_grad():
         source.fc2.weight[3, 4] = value
     save_weights(source, tmp_path / "w.safetensors")
-    before = files.sha256_tensors(model.state_dict())
+    before = model_digest(model)
     with pytest.raises(ArtifactError, match=r"'fc2\.weight' has 1 NaN or infinite of 32768"):
         load_weights(model, tmp_path / "w.safetensors")
-    assert files.sha256_tensors(model.state_dict()) == before
+    assert model_digest(model) == before
     load_weights(model, tmp_path / "w.safetensors", allow_nonfinite=True)
-    assert files.sha256_tensors(model.state_dict()) != before
+    assert model_digest(model) != before
 
 
 def test_missing_file(tmp_path):
@@ -176,10 +177,10 @@ def test_missing_file(tmp_path):
 def test_weights_of_another_model(tmp_path, change, message):
     model = mlp()
     save_weights(change(mlp(1).state_dict()), tmp_path / "w.safetensors")
-    before = files.sha256_tensors(model.state_dict())
+    before = model_digest(model)
     with pytest.raises(ArtifactError, match=message):
         load_weights(model, tmp_path / "w.safetensors")
-    assert files.sha256_tensors(model.state_dict()) == before
+    assert model_digest(model) == before
 
 
 # --- 18: writing ------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expunge import files
 from expunge.data.augment import Augment
+from expunge.digest import combine, json_digest, state_digests
 from expunge.errors import DataError
 
 _SHOWN = 5
@@ -142,8 +142,8 @@ class MemoryImages(ImageSet):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of pixels, labels and class names."""
-        content = files.sha256_tensors({"x": self.x, "labels": self.labels})
-        return files.sha256_json([content, self.classes, list(self.unreadable)])
+        content = combine(state_digests({"x": self.x, "labels": self.labels}))
+        return json_digest([content, self.classes, list(self.unreadable)])
 
     def images(self, ids: Tensor) -> Tensor:
         """Images of the given ids as float32 ``[B, C, H, W]`` in [0, 1]."""
@@ -199,7 +199,7 @@ class Splits:
     @property
     def digest(self) -> str:
         """SHA-256 over all parts."""
-        return files.sha256_json([self.train.digest, self.test.digest, self.val.digest if self.val else None])
+        return json_digest([self.train.digest, self.test.digest, self.val.digest if self.val else None])
 
 
 def checked_labels(labels: Tensor, classes: Sequence[str]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from expunge import files
 from expunge.data.base import ImageSet, MemoryImages
 from expunge.data.decode import DECODE_VERSION, MAX_PIXELS, decode_image
+from expunge.digest import json_digest
 from expunge.errors import ArtifactError, DataError, ResourceError
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class EncodedImages(ImageSet):
             data = _bytes(source)
             digest.update(len(data).to_bytes(8, "little") + data)
         digest.update(self.labels.numpy().tobytes())
-        return files.sha256_json([digest.hexdigest(), self.classes])
+        return json_digest([digest.hexdigest(), self.classes])
 
     def images(self, ids: Tensor) -> Tensor:
         """Images of the given ids as float32 ``[B, C, H, W]`` in [0, 1], decoded now."""
@@ -235,7 +236,7 @@ def _bytes(source: Source) -> bytes:
 
 
 def _content(images: MemoryImages) -> str:
-    return files.sha256_json([images.digest, list(images.unreadable)])
+    return json_digest([images.digest, list(images.unreadable)])
 
 
 def _rules(decoding: Decoding) -> str:
