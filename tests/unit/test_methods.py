@@ -88,11 +88,12 @@ def test_unknown_settings_are_refused(name):
 
 TRAINED = {"optim.norm", "optim.lr"}
 MASKED = {"space.reduction", "space.rounding"}
+ORDER = {"objective.exclude_true", "objective.schedule.kind", "objective.schedule.role"}
 PROFILES = [
-    ("random_label", {}, TRAINED | {"objective.exclude_true"}),
-    ("salun", {}, TRAINED | MASKED | {"objective.exclude_true"}),
-    ("salun", {"soft": True}, TRAINED | {"objective.exclude_true", "space.anchor"}),
-    ("salun", {"optim": {"lr": 0.02}}, MASKED | {"objective.exclude_true", "optim.norm"}),
+    ("random_label", {}, TRAINED | ORDER),
+    ("salun", {}, TRAINED | MASKED | ORDER),
+    ("salun", {"soft": True}, TRAINED | ORDER | {"space.anchor"}),
+    ("salun", {"optim": {"lr": 0.02}}, MASKED | ORDER | {"optim.norm"}),
     *((n, {}, MASKED | {"space.residual", "optim.norm"}) for n in ("deepdive_ga", "deepdive_ga_small")),
     *(
         (n, {}, MASKED | {"space.residual", "optim.norm", "objective.exclude_true"})
@@ -284,8 +285,21 @@ def flat(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
+def test_alpha_weighs_the_retain_samples_of_a_mixed_batch(task):
+    def losses(alpha):
+        recipe = method("random_label", alpha=alpha, mixing="mixed", batch_size=1000, optim={**SHORT, "epochs": 1})
+        ctx = Context(task, task.split(REQUEST))
+        terms = recipe.objective.bind(ctx)({"mixed": ctx.load("mixed", ctx.split["mixed"])})
+        return terms["mixed"].values.detach()
+
+    is_forget = task.split(REQUEST).is_forget("mixed", task.split(REQUEST)["mixed"])
+    full, half = losses(1.0), losses(0.5)
+    assert torch.equal(half[is_forget], full[is_forget])
+    assert torch.equal(half[~is_forget], 0.5 * full[~is_forget])
+
+
 def test_after_every_soft_step_k_weights_are_the_original_ones_and_k_falls(task):
-    recipe = method("salun", soft=True, keep=0.8, batch_size=16, optim={**SHORT, "epochs": 4})
+    recipe = method("salun", soft=True, keep=0.8, mixing="sequential", batch_size=16, optim={**SHORT, "epochs": 4})
     split = task.split(REQUEST)
     plan = [
         (epoch, step)

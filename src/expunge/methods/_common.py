@@ -34,12 +34,15 @@ def make_objective(
 ) -> Objective:
     """Build an objective by name with a schedule, its customary one if ``mixing`` is ``None``.
 
+    Random labels as published go over the forget set first. With frozen normalisation that pass alone can break a
+    network beyond what the retain pass repairs, so the corrected form (``exclude_true``) shuffles both together.
+
     Raises:
         ConfigError: No objective has this name.
     """
     spec: dict[str, Any] = {"kind": on}
     if on == "random_label":
-        spec |= {"schedule": make_schedule(mixing or "sequential", batch_size)}
+        spec |= {"schedule": make_schedule(mixing or ("mixed" if exclude_true else "sequential"), batch_size)}
         spec |= {"exclude_true": exclude_true, "alpha": alpha}
     elif on == "neg_grad_plus":
         spec |= {"schedule": make_schedule(mixing or "paired", batch_size), "alpha": alpha}

@@ -25,13 +25,14 @@ from expunge.spaces.layers import AllWeights
             "wrong labels exclude the true one; the code draws from all classes: `profile`",
             "normalisation statistics are frozen, and the learning rate is 5e-4 instead of 0.013: `profile`, `optim`",
             "labels are redrawn per epoch and sample, not per batch",
+            "forget and retain samples are shuffled together, not in two passes: `profile`, `mixing`",
         ),
         aliases=("rl",),
     ),
 )
 def random_label(
     *,
-    mixing: Mixing = "sequential",
+    mixing: Mixing | None = None,
     alpha: Annotated[float, Field(ge=0)] = 1.0,
     profile: Profile = "as_intended",
     batch_size: int = 256,
@@ -46,8 +47,9 @@ def random_label(
         normalisation statistics; ``profile = "as_published"`` restores the last two.
 
     Args:
-        mixing: ``sequential`` (the code's way for CIFAR-10 and SVHN), ``mixed`` (for CIFAR-100 and TinyImageNet),
-            ``paired`` (the paper's sum, one step) or ``forget_only``.
+        mixing: ``mixed`` (both sets shuffled together, the code's way for CIFAR-100 and TinyImageNet; the default),
+            ``sequential`` (its way for CIFAR-10 and SVHN; the default of ``as_published``), ``paired`` (the paper's
+            sum, one step) or ``forget_only``.
         alpha: Weight of the retain loss.
         profile: ``as_intended`` or ``as_published``.
         batch_size: Samples per step and role.

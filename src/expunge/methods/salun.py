@@ -34,7 +34,7 @@ from expunge.spaces.saliency import SaliencyMask
         needs=("forget",),
         deviations=(
             "mask scores weigh every sample equally and use no augmentation",
-            "wrong labels exclude the true one",
+            "wrong labels exclude the true one; forget and retain samples are shuffled together, not in two passes",
             "normalisation statistics are frozen, and the learning rate is 5e-4 instead of 0.013",
             "the anchor of the soft variant is the original model throughout",
             "`profile = 'as_published'` restores all of these but the mask's augmentation",
@@ -69,7 +69,8 @@ def salun(
         keep: Fraction of weights that may change; for ``soft`` the share pulled back to the original at the start.
         soft: Proximal step instead of the mask.
         on: Objective: ``random_label``, ``gradient_ascent``, ``neg_grad_plus``, ``fine_tune`` or any other.
-        mixing: How forget and retain batches interleave; by default as the objective has it.
+        mixing: How forget and retain batches interleave; by default as the objective has it (random labels: ``mixed``,
+            ``sequential`` as published).
         alpha: Weight of the retain loss.
         select: ``top``, or the controls ``bottom`` and ``random`` of equal size.
         scope: Rank all weights together or each tensor on its own.

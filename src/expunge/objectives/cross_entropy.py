@@ -108,7 +108,7 @@ class RandomLabel(Objective):
     Args:
         schedule: ``sequential`` (forget pass, then retain pass), ``single`` over ``mixed`` or ``forget``, or
             ``paired``.
-        alpha: Weight of the retain loss.
+        alpha: Weight of the retain loss (of each retain sample in a ``mixed`` batch).
         exclude_true: ``y'`` uniform over the other classes; ``False`` gives the published draw over all classes.
         redraw: New labels every epoch, or the same throughout.
     """
@@ -130,7 +130,10 @@ class RandomLabel(Objective):
                 if role != "retain":
                     wrong = task.wrong_target(batch, key=key, exclude_true=self.exclude_true)
                     targets = torch.where(batch.is_forget.to(wrong.device), wrong, targets)
-                terms[role] = Term(task.loss(batch, targets), role, self.alpha if role == "retain" else 1.0)
+                values = task.loss(batch, targets)
+                if role == "mixed" and self.alpha != 1:
+                    values = torch.where(batch.is_forget.to(values.device), values, self.alpha * values)
+                terms[role] = Term(values, role, self.alpha if role == "retain" else 1.0)
             return terms
 
         return loss
