@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from expunge import files
+from expunge.digest import model_digest
 from expunge.errors import ArtifactError, ConfigError
 from expunge.models import ModelSpec, build_model, convert_pickle, load_weights, save_weights
 from expunge.models.weights import check_torch_floor
@@ -25,7 +26,7 @@ def mlp(seed: int = 0) -> nn.Module:
 
 
 def digest(model: nn.Module) -> str:
-    return files.sha256_tensors(model.state_dict())
+    return model_digest(model)
 
 
 def test_round_trip(tmp_path):
