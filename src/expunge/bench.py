@@ -18,7 +18,7 @@ from expunge.bench_table import Cell, columns, lines, markdown
 from expunge.config import BenchConfig, resolved_yaml
 from expunge.digest import json_digest, model_digest
 from expunge.errors import ExpungeError, NotComparableError
-from expunge.evaluation import GAP_KEYS, measure
+from expunge.evaluation import GAP_KEYS, control_recipes, measure
 from expunge.experiment import make_task, reference_of
 from expunge.metrics.accuracy import avg_gap
 from expunge.metrics.estimate import Estimate
@@ -27,7 +27,6 @@ from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest, Label
 from expunge.run import CHECKPOINT, PATCH, unlearn
-from expunge.spaces.saliency import SaliencyMask
 from expunge.tasks.classifier import ClassifierTask
 
 log = logging.getLogger("expunge")
@@ -111,21 +110,6 @@ def plan(config: BenchConfig) -> list[_Job]:
         if wanted and role == "after":
             jobs += [_Job(f"{label}, {n}", "control", config.seeds[0], r, True) for n, r in control_recipes(recipe)]
     return jobs
-
-
-def control_recipes(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """``lr = 0`` for loops, and a random mask of the same size for masked recipes.
-
-    With frozen normalisation nothing accumulates at rate 0, so one epoch tells the same as all.
-    """
-    found = []
-    if recipe.objective is not None:
-        short = {"epochs": 1} if recipe.optim.norm == "frozen" else {}
-        found.append(("lr = 0", recipe.replace(optim={"lr": 0.0, **short})))
-    if isinstance(recipe.space, SaliencyMask) and recipe.space.select == "top" and recipe.space.keep < 1:
-        space = SaliencyMask(**{**recipe.space.model_dump(), "select": "random", "file": None})
-        found.append(("random mask", recipe.replace(space=space)))
-    return found
 
 
 def _cell(

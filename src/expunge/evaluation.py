@@ -29,6 +29,10 @@ from expunge.tasks.base import Split, Task
 from expunge.tasks.classifier import ClassifierTask
 
 GAP_KEYS = ("ua", "ra", "ta", "mia")
+CONTROL_NOTES = {
+    "lr = 0": "the same loop without taking a step",
+    "random mask": "the same run with a random mask of the same size",
+}
 #: Columns of the log that are no loss terms.
 BOOKKEEPING = frozenset({"epoch", "end_of_epoch", "lr", "grad_norm", "skipped"})
 
@@ -54,26 +58,35 @@ class Candidate:
     history: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
 
+def control_recipes(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """``lr = 0`` for loops, and a random mask of the same size for masked recipes.
+
+    With frozen normalisation nothing accumulates at rate 0, so one epoch tells the same as all.
+    """
+    found = []
+    if recipe.objective is not None:
+        short = {"epochs": 1} if recipe.optim.norm == "frozen" else {}
+        found.append(("lr = 0", recipe.replace(optim={"lr": 0.0, **short})))
+    if isinstance(recipe.space, SaliencyMask) and recipe.space.select == "top" and recipe.space.keep < 1:
+        space = SaliencyMask(**{**recipe.space.model_dump(), "select": "random", "file": None})
+        found.append(("random mask", recipe.replace(space=space)))
+    return found
+
+
 def controls(
     task: Task, request: ForgetRequest, recipe: Recipe, *, seed: int = 0, progress: bool = False
 ) -> list[Candidate]:
     """Run the controls that apply to a recipe.
 
-    * ``lr = 0``: the same loop without a step. Shows what the loop does by itself (normalisation statistics).
-    * ``random mask``: for masked recipes, the same run with a random mask of the same size.
-
+    See :func:`control_recipes`; ``lr = 0`` shows what the loop does by itself (normalisation statistics).
     A control that fails is reported as such, never left out silently.
     """
-    planned: list[tuple[str, Recipe, str]] = []
-    if recipe.objective is not None:
-        zero = recipe.replace(name=f"{recipe.name}, lr = 0", optim={"lr": 0.0})
-        planned.append(("lr = 0", zero, "the same loop without taking a step"))
-    if isinstance(recipe.space, SaliencyMask) and recipe.space.select == "top" and recipe.space.keep < 1:
-        space = SaliencyMask(**{**recipe.space.model_dump(), "select": "random", "file": None})
-        note = f"the same run with a random mask of the same size ({100 * recipe.space.keep:g} % of the weights)"
-        planned.append(("random mask", recipe.replace(name=f"{recipe.name}, random mask", space=space), note))
     found = []
-    for name, variant, note in planned:
+    for name, control in control_recipes(recipe):
+        note = CONTROL_NOTES[name]
+        if name == "random mask" and isinstance(control.space, SaliencyMask):
+            note += f" ({100 * control.space.keep:g} % of the weights)"
+        variant = control.replace(name=f"{recipe.name}, {name}")
         start = time.perf_counter()
         try:
             patch = unlearn(task, request, variant, seed=seed, allow_no_effect=True, progress=progress)
