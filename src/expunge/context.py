@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge import rng
-from expunge.tasks.base import Batch, Split, Task
+from expunge.tasks.base import TRAIN_ROLES, Batch, Split, Task
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Context:
         steps_per_epoch: Steps planned per epoch.
         roles: Roles of the current step.
         position: 0-based position of the current step in its pass (the run of steps with the same roles).
-        augment: Whether training batches are augmented.
+        augment: Whether training batches are augmented, or the roles whose batches are.
         state: Tensors that belong to the run's state; they are checkpointed and restored by name.
         notes: Remarks for the manifest.
     """
@@ -41,7 +41,7 @@ class Context:
     steps_per_epoch: int = 0
     roles: tuple[str, ...] = ()
     position: int = 0
-    augment: bool = False
+    augment: bool | tuple[str, ...] = False
     state: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -68,4 +68,6 @@ class Context:
 
     def load(self, role: str, ids: Tensor) -> Batch:
         """Load the samples of a training step, augmented if the run augments."""
-        return self.task.load(role, ids, self.split, augment=self.key("augment", self.epoch) if self.augment else None)
+        chosen = TRAIN_ROLES if self.augment is True else self.augment or ()
+        key = self.key("augment", self.epoch) if role in chosen else None
+        return self.task.load(role, ids, self.split, augment=key)

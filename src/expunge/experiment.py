@@ -69,7 +69,7 @@ def make_task(config: TaskConfig) -> ClassifierTask:
         None if norm is None else Normalize.named(norm) if isinstance(norm, str) else Normalize(norm.mean, norm.std)
     )
     surrogate = load_data(config.surrogate).train if config.surrogate is not None else None
-    return ClassifierTask(build_model(config.model), data, normalize, surrogate, config.eval_batch_size)
+    return ClassifierTask(build_model(config.model), data, normalize, surrogate, config.eval_batch_size, config.head)
 
 
 def run(config: RunConfig, *, task: ClassifierTask | None = None, progress: bool = False) -> Result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,20 +62,31 @@ def check_disjoint(split: Split) -> None:
         raise RequestError(f"{both} samples are in both the forget and the retain set")
 
 
+def roles_read(recipe: Recipe) -> tuple[str, ...]:
+    """Data roles that checks may look at too: a method that does without retain or forget images is kept to that."""
+    read = set(recipe.needs())
+    if "retain" in read or "surrogate" not in read:
+        read.add("forget")
+    return tuple(r for r in ("forget", "retain", "surrogate") if r in read)
+
+
 @torch.no_grad()
-def check_label_space(ctx: Context, limit: int = 512) -> None:
+def check_label_space(ctx: Context, roles: Sequence[str], limit: int = 512) -> None:
     """A classifier has one output per class, and it knows what it is to forget (else a note says so).
 
     Raises:
         RequestError: The model's outputs are not the data's classes.
     """
     classes = getattr(ctx.task, "n_classes", None)
-    if classes is None or not len(ctx.split["forget"]):
+    role = next((r for r in roles if len(ctx.split[r])), None)
+    if classes is None or role is None:
         return
-    batch = ctx.task.load("forget", ctx.split["forget"][:limit], ctx.split)
+    batch = ctx.task.load(role, ctx.split[role][:limit], ctx.split)
     logits = ctx.task.predict(batch)
     if logits.ndim != 2 or logits.shape[1] != classes:
         raise RequestError(f"the model has {list(logits.shape[1:])} outputs but the data have {classes} classes")
+    if role != "forget":
+        return
     accuracy = float((logits.argmax(1) == batch.targets).float().mean())
     if accuracy < max(0.1, 1 / classes):
         ctx.note(
@@ -170,13 +181,13 @@ def check_effect(changes: Mapping[str, Change], base: Mapping[str, Tensor], reci
 
 
 @torch.no_grad()
-def check_outputs(ctx: Context, samples: int = 64) -> None:
+def check_outputs(ctx: Context, roles: Sequence[str], samples: int = 64) -> None:
     """The model's outputs are finite; weights can be finite and overflow all the same.
 
     Raises:
         DivergedError: They are not.
     """
-    role = "retain" if "retain" in ctx.split.roles() else "forget"
+    role = next(r for r in ("retain", "surrogate", "forget") if r in roles)
     ctx.model.eval()
     outputs = ctx.task.predict(ctx.task.load(role, ctx.split[role][:samples], ctx.split))
     if not bool(torch.isfinite(outputs).all()):

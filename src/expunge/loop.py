@@ -21,7 +21,7 @@ from expunge.errors import ConfigError, DivergedError, ResourceError
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.protections.base import Penalty
 from expunge.recipe import Optim
-from expunge.schedule import Step, chunks
+from expunge.schedule import FORWARD_ONLY, Step, chunks
 from expunge.spaces.base import OpenSpace
 from expunge.tasks.base import Batch
 from expunge.track import Tracker
@@ -146,6 +146,7 @@ class Loop:
                 group["lr"] = lr
             end = index + 1 == len(steps)
             row = {"step": self.at.step, "epoch": epoch, "end_of_epoch": end, "lr": lr, **self._take(step)}
+            row |= self.objective.measure(ctx, end)
             ctx.history.append(row)
             self.tracker.row(row)
             self.at.step, self.at.index = self.at.step + 1, index + 1
@@ -218,6 +219,8 @@ class Loop:
                 terms = {**terms, **{k: t for penalty in self.penalties for k, t in penalty().items()}}
             else:
                 terms = {k: t for k, t in terms.items() if t.role is not None}
+            if FORWARD_ONLY in step:
+                terms = {k: t._replace(weight=0.0) for k, t in terms.items()}
             loss = self._total(terms, batches, totals, logged)
             if loss is not None and loss.requires_grad:
                 self.accelerator.backward(loss)
@@ -249,6 +252,8 @@ class Loop:
                 for buffer in self.saving.buffers.values():
                     torch.distributed.broadcast(buffer, 0)
         self._check_finite(numbers, "loss")
+        if "loss" not in numbers:  # no term had a weight: the step was a forward pass only
+            return numbers
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)

@@ -34,7 +34,7 @@ class Optim(Frozen):
         grad_clip: Largest gradient norm over the weights that may change (after masking).
         micro_batch: Cut every step into pieces of at most this many samples; same maths, less memory.
         norm: Normalisation layers keep their statistics (``frozen``) or update them (``train``).
-        augment: Random crop and flip on training batches.
+        augment: Random crop and flip on training batches; or on the batches of the roles named (``[surrogate]``).
         precision: ``fp32``, ``bf16`` or ``fp16`` autocast; weights stay in full precision.
     """
 
@@ -53,7 +53,7 @@ class Optim(Frozen):
     grad_clip: float | None = Field(default=None, gt=0)
     micro_batch: int | None = Field(default=None, ge=1)
     norm: Literal["frozen", "train"] = "frozen"
-    augment: bool = False
+    augment: bool | tuple[str, ...] = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def lr_at(self, epoch: int, step: int, total_steps: int) -> float:
@@ -117,6 +117,10 @@ class Recipe(Frozen):
             raise ValueError("a recipe has either an objective or an edit")
         if self.edit is not None and self.protections:
             raise ValueError("protections act on a training loop; a one-shot edit has none")
+        roles = self.objective.schedule.roles() if self.objective is not None else ()
+        unused = [r for r in self.optim.augment if r not in roles] if isinstance(self.optim.augment, tuple) else []
+        if unused:
+            raise ValueError(f"'augment' names the role '{unused[0]}', but a step reads {', '.join(roles)}")
         return self
 
     def describe(self) -> dict[str, Any]:

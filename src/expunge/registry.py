@@ -17,15 +17,15 @@ from expunge.errors import ConfigError, did_you_mean
 Kind = Literal["method", "objective", "space", "protection", "edit", "metric", "task"]
 KINDS: tuple[Kind, ...] = ("method", "objective", "space", "protection", "edit", "metric", "task")
 
-#: Packages whose modules register parts when imported.
-HOMES: dict[Kind, str] = {
-    "method": "expunge.methods",
-    "objective": "expunge.objectives",
-    "space": "expunge.spaces",
-    "protection": "expunge.protections",
-    "edit": "expunge.edits",
-    "metric": "expunge.metrics",
-    "task": "expunge.tasks",
+#: Packages whose modules register parts when imported. A method's file may also hold parts that only it uses.
+HOMES: dict[Kind, tuple[str, ...]] = {
+    "method": ("expunge.methods",),
+    "objective": ("expunge.objectives", "expunge.methods"),
+    "space": ("expunge.spaces", "expunge.methods"),
+    "protection": ("expunge.protections",),
+    "edit": ("expunge.edits", "expunge.methods"),
+    "metric": ("expunge.metrics",),
+    "task": ("expunge.tasks",),
 }
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
@@ -99,10 +99,10 @@ class Registry:
         if kind in self._loaded:
             return
         self._loaded.add(kind)
-        home = importlib.import_module(HOMES[kind])
-        for module in pkgutil.iter_modules(home.__path__):
-            if not module.name.startswith("_"):
-                importlib.import_module(f"{HOMES[kind]}.{module.name}")
+        for home in HOMES[kind]:
+            for module in pkgutil.iter_modules(importlib.import_module(home).__path__):
+                if not module.name.startswith("_"):
+                    importlib.import_module(f"{home}.{module.name}")
 
     def get(self, kind: Kind, name: str) -> Entry:
         """Look a part up by name.

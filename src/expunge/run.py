@@ -173,8 +173,9 @@ def _work(
             tensor.data = tensor.data.float()
     buffers = {n: t for n, t in named_tensors(model)[0].items() if not isinstance(t, torch.nn.Parameter)}
     model.eval()
+    roles = guards.roles_read(recipe)
     if not recipe.from_scratch:
-        guards.check_label_space(ctx)
+        guards.check_label_space(ctx, roles)
     space = recipe.space.open(ctx)
     try:
         if recipe.edit is not None:
@@ -182,6 +183,7 @@ def _work(
             guards.check_within(changes, space)
             return changes
         assert recipe.objective is not None
+        recipe.objective.prepare(ctx)
         losses = recipe.objective.bind(ctx)
         penalties = [p.bind(ctx, space) for p in recipe.protections]
         chosen = {id(p) for p in space.parameters.values()}
@@ -199,7 +201,7 @@ def _work(
             resume=resume
         )
         guards.check_masked(space)
-        guards.check_outputs(ctx)
+        guards.check_outputs(ctx, roles)
         changes = space.changes()
     finally:
         space.close()

@@ -15,6 +15,9 @@ from expunge.part import Frozen
 #: One optimiser step: positions within each role's index set.
 Step = dict[str, Tensor]
 
+#: Key of a step (with no positions) that runs its forward passes and makes no update; normalisation statistics move.
+FORWARD_ONLY = "forward_only"
+
 
 class _Batched(Frozen):
     batch_size: int = Field(default=256, ge=1)
@@ -26,10 +29,10 @@ class _Batched(Frozen):
 
 
 class Single(_Batched):
-    """One pass over one role per epoch: forget only, retain only, or both shuffled together (``mixed``)."""
+    """One pass over one role per epoch; ``mixed`` is forget and retain shuffled together."""
 
     kind: Literal["single"] = "single"
-    role: Literal["forget", "retain", "mixed"] = "forget"
+    role: Literal["forget", "retain", "mixed", "surrogate"] = "forget"
 
     def roles(self) -> tuple[str, ...]:
         """Roles that the schedule reads."""
@@ -97,6 +100,56 @@ class Paired(_Batched):
         return steps
 
 
+class Nested(_Batched):
+    """Several steps per batch of the first role, each with another batch of the second (SCAR, DUCK).
+
+    The number of steps per lead batch is ``min(repeats, batches of the inner role)``.
+
+    Args:
+        lead: Role that sets the length of an epoch.
+        inner: Role that changes at every step.
+        repeats: Steps per lead batch.
+        inner_batch_size: Batch size of the inner role, by default ``batch_size``.
+        shuffle: Shuffle the lead batches; the inner role is always shuffled.
+        restart: Begin a fresh pass over the inner role at every lead batch; otherwise passes follow each other without
+            a break, so its samples are used evenly.
+        discard: After the last step of a lead batch, forward one more pair without an update, as published.
+    """
+
+    kind: Literal["nested"] = "nested"
+    lead: str = "forget"
+    inner: str = "surrogate"
+    repeats: int = Field(default=6, ge=1)
+    inner_batch_size: int | None = Field(default=None, ge=1)
+    shuffle: bool = False
+    restart: bool = False
+    discard: bool = False
+
+    def roles(self) -> tuple[str, ...]:
+        """Roles that the schedule reads."""
+        return (self.lead, self.inner)
+
+    def steps(self, sizes: Mapping[str, int], epoch: int, key: int) -> list[Step]:
+        """The steps of one epoch."""
+        size = self.inner_batch_size or self.batch_size
+        n = sizes[self.inner]
+        per_pass = -(-n // size)
+        count = min(self.repeats, per_pass)
+        lead = self._order(sizes[self.lead], key, epoch, 0)
+        found: list[Step] = []
+        for number, ids in enumerate(lead):
+            start = (epoch * len(lead) + number) * (per_pass if self.restart else count)
+            lap = range(start, start + count + (self.discard and count < per_pass))
+            pairs = [{self.lead: ids, self.inner: self._inner(n, size, key, *divmod(b, per_pass))} for b in lap]
+            for pair in pairs[count:]:
+                pair[FORWARD_ONLY] = torch.empty(0, dtype=torch.int64)
+            found += pairs
+        return found
+
+    def _inner(self, n: int, size: int, key: int, lap: int, batch: int) -> Tensor:
+        return rng.permutation(rng.key(key, "order", lap, 1), n)[batch * size : (batch + 1) * size]
+
+
 class Replay(Frozen):
     """Exactly these steps, recorded elsewhere: one list of steps per epoch, each mapping roles to positions."""
 
@@ -105,14 +158,15 @@ class Replay(Frozen):
 
     def roles(self) -> tuple[str, ...]:
         """Roles that the schedule reads."""
-        return tuple(dict.fromkeys(r for steps in self.epochs for step in steps for r in step))
+        found = dict.fromkeys(r for steps in self.epochs for step in steps for r in step)
+        return tuple(r for r in found if r != FORWARD_ONLY)
 
     def steps(self, sizes: Mapping[str, int], epoch: int, key: int) -> list[Step]:
         """The steps of one epoch."""
-        return [{r: torch.tensor(p) for r, p in step.items()} for step in self.epochs[epoch]]
+        return [{r: torch.tensor(p, dtype=torch.int64) for r, p in step.items()} for step in self.epochs[epoch]]
 
 
-Schedule = Annotated[Single | Sequential | Paired | Replay, Field(discriminator="kind")]
+Schedule = Annotated[Single | Sequential | Paired | Nested | Replay, Field(discriminator="kind")]
 
 
 def chunks(step: Step, micro_batch: int | None) -> Sequence[Step]:

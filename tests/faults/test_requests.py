@@ -191,7 +191,7 @@ def test_a_model_that_never_knew_the_class_is_noted(task, monkeypatch):
     assert any("forget accuracy is already 0 %" in n for n in patch.manifest.notes)
     known = unlearn(tiny_classifier(), inject.REQUEST, inject.recipe())
     assert not any("already" in n for n in known.manifest.notes)
-    monkeypatch.setattr(guards, "check_label_space", lambda ctx: None)
+    monkeypatch.setattr(guards, "check_label_space", lambda ctx, roles: None)
     patch = unlearn(task, inject.REQUEST, inject.recipe(optim={"lr": 1e-4}))
     assert not any("already" in n for n in patch.manifest.notes)
 

@@ -39,6 +39,7 @@ class TaskConfig(Frozen):
         normalize: Name (``cifar10``, ``imagenet`` ...), numbers, or null for none.
         surrogate: Images of another domain, for methods that may not see the retain set.
         eval_batch_size: Batch size of evaluation passes.
+        head: Name of the module whose inputs are the features; found by itself for models that end in a linear layer.
     """
 
     family: Literal["classifier"] = "classifier"
@@ -47,6 +48,7 @@ class TaskConfig(Frozen):
     normalize: str | MeanStd | None = None
     surrogate: DataSpec | None = None
     eval_batch_size: int = Field(default=512, ge=1)
+    head: str | None = None
 
     @field_validator("normalize")
     @classmethod

@@ -6,9 +6,11 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from expunge.context import Context
+from expunge.objectives.stopping import StopBelow
 from expunge.part import Part
 from expunge.registry import Kind
 from expunge.schedule import Schedule
@@ -34,10 +36,32 @@ LossFn = Callable[[dict[str, Batch]], dict[str, Term]]
 
 
 class Objective(Part):
-    """Makes the loss of a step from its batches. Settings are fields; running state lives in the context."""
+    """Makes the loss of a step from its batches. Settings are fields; running state lives in the context.
+
+    A step in which no term has a weight makes no update.
+
+    Args:
+        schedule: How batches interleave.
+        until: Stop early, once the forget samples are forgotten; by default the whole schedule runs.
+    """
 
     kind_of_part: ClassVar[Kind] = "objective"
     schedule: Schedule
+    until: StopBelow | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {k: v for k, v in data.items() if k != "until" or v is not None}
+
+    def prepare(self, ctx: Context) -> None:
+        """Measure what the stop rule refers to, on the original model."""
+        if self.until is not None:
+            self.until.prepare(ctx)
+
+    def measure(self, ctx: Context, end_of_epoch: bool) -> dict[str, float]:
+        """Numbers measured after a step's update and logged with it; :meth:`stop` sees them."""
+        return {} if self.until is None else self.until.measure(ctx, end_of_epoch)
 
     @abstractmethod
     def bind(self, ctx: Context) -> LossFn:
@@ -46,6 +70,6 @@ class Objective(Part):
     def stop(self, history: list[dict[str, Any]]) -> str | None:
         """Return a reason to stop after the last step in ``history``, or ``None``.
 
-        Only numbers logged by the steps themselves are seen, so a resumed run stops at the same step.
+        Only logged numbers are seen, so a resumed run stops at the same step.
         """
-        return None
+        return None if self.until is None else self.until.reason(history)

@@ -41,10 +41,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Index sets by role. ``forget`` and ``retain`` index the training set; the other roles their own sets."""
+    """Index sets by role. ``forget`` and ``retain`` index the training set; the other roles their own sets.
+
+    ``removed`` holds the classes that the request removes as a whole; it is empty for requests that name samples.
+    """
 
     indices: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
+    removed: tuple[int, ...] = ()
     _forget: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +68,10 @@ class Split:
     def roles(self) -> tuple[str, ...]:
         """Names of the roles present."""
         return tuple(self.indices)
+
+    def with_indices(self, **indices: Tensor) -> Split:
+        """A copy with other index sets for some roles."""
+        return Split({**self.indices, **indices}, self.notes, self.removed)
 
     def is_forget(self, role: str, ids: Tensor) -> Tensor:
         """Bool per id: does it belong to the forget set?"""

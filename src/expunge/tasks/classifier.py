@@ -12,7 +12,8 @@ from torch.nn import functional
 from expunge import rng
 from expunge.data.base import ImageSet, Splits
 from expunge.digest import json_digest
-from expunge.errors import RequestError
+from expunge.errors import CapabilityError, RequestError
+from expunge.models.head import check_head, find_head
 from expunge.registry import Info, registry
 from expunge.request import ForgetRequest, Label, class_numbers
 from expunge.tasks.base import TRAIN_ROLES, Batch, Split, Task
@@ -28,6 +29,7 @@ class ClassifierTask(Task):
         normalize: Applied to images in [0, 1] before the model.
         surrogate: Images of another domain, for methods that may not see the retain set.
         eval_batch_size: Batch size of evaluation passes.
+        head: Name of the module whose inputs are the features; found by itself for models that end in a linear layer.
 
     Example:
         >>> from expunge.data import DataSpec, load_data
@@ -39,7 +41,7 @@ class ClassifierTask(Task):
     """
 
     name = "classifier"
-    optional_capabilities = frozenset({"surrogate", "val", "forget_test"})
+    optional_capabilities = frozenset({"surrogate", "val", "forget_test", "features"})
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class ClassifierTask(Task):
         normalize: Callable[[Tensor], Tensor] | None = None,
         surrogate: ImageSet | None = None,
         eval_batch_size: int = 512,
+        head: str | None = None,
     ) -> None:
         self.model = model
         self.data = data
@@ -55,7 +58,9 @@ class ClassifierTask(Task):
         self.eval_batch_size = eval_batch_size
         self.classes = list(data.classes)
         self.n_classes = len(self.classes)
-        self.capabilities = frozenset({"surrogate"} if surrogate is not None else set())
+        self.head = find_head(model, self.n_classes) if head is None else check_head(model, head)
+        has = {"surrogate": surrogate is not None, "features": self.head is not None}
+        self.capabilities = frozenset(name for name, given in has.items() if given)
         self._sets: dict[str, ImageSet] = {"train": data.train, "test": data.test}
         if data.val is not None:
             self._sets["val"] = data.val
@@ -97,13 +102,13 @@ class ClassifierTask(Task):
         empty = [r for r, ids in indices.items() if not len(ids) and r != "forget"]
         if empty:
             raise RequestError(f"after this request no sample is left in: {', '.join(empty)}")
-        return Split(indices, tuple(notes))
+        return Split(indices, tuple(notes), tuple(sorted(gone)))
 
     def load(self, role: str, ids: Tensor, split: Split, *, augment: int | None = None) -> Batch:
         """Images as ``[B, C, H, W]`` in [0, 1] in the model's precision, with their true labels."""
         source = self._sets["train" if role in TRAIN_ROLES else "test" if role == "forget_test" else role]
         x = source.images(ids)
-        if augment is not None and role in TRAIN_ROLES:
+        if augment is not None:
             x = self.data.augment(x, ids, augment)
         device = self.device
         return Batch(x.to(device, self._dtype()), source.labels[ids].to(device), ids, role, split.is_forget(role, ids))
@@ -112,6 +117,25 @@ class ClassifierTask(Task):
         """Logits ``[B, C]``."""
         x = batch.inputs if self.normalize is None else self.normalize(batch.inputs)
         return self.model(x)
+
+    def represent(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features ``[B, D]`` (inputs of the head, flattened) and logits ``[B, C]``, from one forward pass.
+
+        Raises:
+            CapabilityError: The model has no head that could be found; name it by ``head``.
+        """
+        if self.head is None:
+            raise CapabilityError(
+                f"no linear layer of {self.n_classes} outputs was found in {type(self.model).__name__}; name the "
+                "module that takes the features by `head`"
+            )
+        seen: list[Tensor] = []
+        hook = self.model.get_submodule(self.head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            logits = self.predict(batch)
+        finally:
+            hook.remove()
+        return seen[-1].flatten(1), logits
 
     def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
         """Cross-entropy per sample ``[B]``; ``targets`` may be class numbers or probabilities ``[B, C]``."""
