@@ -28,7 +28,10 @@ def complain(text: object, colour: str = "red", label: str = "error") -> None:
     typer.secho(f"{label}: {one_line(text)}", fg=colour, err=True)
 
 
-_ORDER = ("demo", "train", "run", "bench", "evaluate", "report", "apply", "revert", "info", "list", "schema", "convert")
+_ORDER = (
+    *("demo", "train", "run", "bench", "evaluate", "report", "analyze"),
+    *("apply", "revert", "info", "list", "data", "schema", "convert"),
+)
 
 
 class _Group(TyperGroup):

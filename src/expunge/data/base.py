@@ -159,6 +159,51 @@ class MemoryImages(ImageSet):
         return MemoryImages(self.x[ids], self.labels[ids], self.classes, self.kept_unreadable(ids.tolist()))
 
 
+class Subset(ImageSet):
+    """A view of some rows of another set: no pixels are copied, labels and class names stay.
+
+    Args:
+        base: The set that holds the images.
+        rows: Its ids, int64, without repetition; row ``rows[i]`` is sample ``i`` of the view.
+
+    Raises:
+        DataError: No rows, repeated or out of range.
+    """
+
+    def __init__(self, base: ImageSet, rows: Tensor) -> None:
+        rows = base.checked_ids(rows)
+        if len(rows.unique()) < len(rows):
+            raise DataError(f"a subset names {len(rows) - len(rows.unique())} rows more than once")
+        super().__init__(base.labels[rows], base.classes, base.kept_unreadable(rows.tolist()))
+        self.base, self.rows = base, rows
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return self.base.shape
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the base's digest and the rows."""
+        return json_digest(["subset", self.base.digest, self.rows.tolist()])
+
+    def images(self, ids: Tensor) -> Tensor:
+        """Images of the given ids as float32 ``[B, C, H, W]`` in [0, 1]."""
+        return self.base.images(self.rows[self.checked_ids(ids)])
+
+    def require(self, ids: Tensor) -> None:
+        """Make sure that every image of ``ids`` can be read."""
+        self.base.require(self.rows[self.checked_ids(ids)])
+
+    def describe(self, i: int) -> str:
+        """Where sample ``i`` comes from."""
+        return self.base.describe(int(self.rows[i]))
+
+    def subset(self, ids: Tensor) -> Subset:
+        """A view of the same base with only these rows."""
+        return Subset(self.base, self.rows[self.checked_ids(ids)])
+
+
 @dataclass(frozen=True)
 class Splits:
     """The parts of a data set.

@@ -26,8 +26,7 @@ def load_data(spec: DataSpec) -> Splits:
         ConfigError: A setting is missing or does not apply.
         DataError: The data are missing, unreadable or inconsistent.
     """
-    _check(spec)
-    train, test, source = _parts(spec)
+    train, test, source = read_parts(spec)
     train = _finished(train, spec, spec.limit)
     test = _finished(test, spec, spec.test_limit)
     val = None
@@ -36,6 +35,17 @@ def load_data(spec: DataSpec) -> Splits:
         train, val = train.subset(rest), train.subset(held)
         source += f"; {spec.val_fraction:g} of each class held out for validation, seed {spec.seed}"
     return Splits(spec.name, train, test, val, source, AUGMENT.get(spec.name, Augment()))
+
+
+def read_parts(spec: DataSpec) -> tuple[ImageSet, ImageSet, str]:
+    """Train and test images as they are stored (encoded ones undecoded), and where they come from.
+
+    Raises:
+        ConfigError: A setting is missing or does not apply.
+        DataError: The data are missing or inconsistent.
+    """
+    _check(spec)
+    return _parts(spec)
 
 
 def _check(spec: DataSpec) -> None:

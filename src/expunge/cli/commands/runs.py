@@ -9,13 +9,12 @@ import typer
 
 from expunge.cli.app import app, complain
 
-Words = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONFIG [--KEY VALUE ...]",
-        help="A YAML file, then dotted overrides: --recipe.optim.lr 1e-4 or --recipe.optim.lr=1e-4.",
-    ),
-]
+_WORDS = typer.Argument(
+    metavar="CONFIG [--KEY VALUE ...]",
+    help="A YAML file, then dotted overrides: --recipe.optim.lr 1e-4 or --recipe.optim.lr=1e-4.",
+)
+Words = Annotated[list[str], _WORDS]
+BenchWords = Annotated[list[str] | None, _WORDS]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bars on a terminal.")]
 OVERRIDES: dict[str, Any] = {"ignore_unknown_options": True}
 
@@ -53,27 +52,68 @@ def run(words: Words, progress: Progress = True) -> None:
 
 
 @app.command(context_settings=OVERRIDES)
-def bench(words: Words, progress: Progress = True) -> None:
-    """Run methods x seeds x requests from one file; resumes, keeps going after a failure, saves the table."""
-    from expunge.bench import bench as run_bench
+def bench(
+    words: BenchWords = None,
+    experiments: Annotated[
+        Path | None, typer.Option(help="A JSON list of experiments (keys of the DeepDive study) instead of a CONFIG.")
+    ] = None,
+    runs: Annotated[
+        int | None, typer.Option(help="With --experiments: repetitions of every entry, 4 by default.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="With --experiments: YAML file with data and model.", metavar="CONFIG")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="With --experiments: as_intended (default) or as_published.")
+    ] = None,
+    progress: Progress = True,
+) -> None:
+    """Run methods x seeds x requests, or a list of experiments; resumes, goes on after a failure, saves the table."""
     from expunge.bench_table import lines, terminal
     from expunge.cli.show import console, places, say
-    from expunge.config import BenchConfig, load_config
 
-    path, overrides = config_and_overrides(words)
-    config = load_config(BenchConfig, path, overrides)
     with _bar("cells", progress) as advance:
-        result = run_bench(config, on_cell=lambda done, total, cell: advance(done, total, f"{cell.label} s{cell.seed}"))
+        result = _bench(words or [], experiments, runs, task, profile, advance)
     rows = lines(result.cells)
     for request in dict.fromkeys(r.request for r in rows):
         console().print(terminal(rows, request))
     reused = sum(c.reused for c in result.cells)
     say(f"{len(result.cells)} cells, {reused} of them from earlier runs; written:")
-    places(result.folder, ("table.md", "table.csv", "results.json", "config.yaml"))
+    tables = ("table.md", "table.csv", "results.json", "results.csv", "results.parquet", "config.yaml")
+    places(result.folder, tables)
     for cell in result.failed:
         complain(f"{cell.request}, {cell.label}, seed {cell.seed}: {cell.error}")
     if result.failed:
         raise typer.Exit(result.exit_code)
+
+
+def _bench(
+    words: list[str], experiments: Path | None, runs: int | None, task: str | None, profile: str | None, advance: Any
+) -> Any:
+    from expunge import bench as benches
+    from expunge.config import BenchConfig, load_config, parse_overrides
+    from expunge.config.experiments import load_experiments
+    from expunge.errors import ConfigError, did_you_mean
+
+    def on_cell(done: int, total: int, cell: Any) -> None:
+        advance(done, total, f"{cell.label} s{cell.seed}")
+
+    if experiments is None:
+        if runs is not None or profile is not None:
+            given = "--runs" if runs is not None else "--profile"
+            raise ConfigError(f"{given} belongs to --experiments; a CONFIG has 'seeds' and the settings of its methods")
+        path, overrides = config_and_overrides([*words, *(["--task", task] if task is not None else [])])
+        return benches.bench(load_config(BenchConfig, path, overrides), on_cell=on_cell)
+    rest, overrides = parse_overrides(words)
+    if rest:
+        raise ConfigError(f"--experiments takes the place of a CONFIG; {rest[0]!r} was given, too")
+    known = {"as_intended": "as_intended", "as_published": "as_published"}
+    if profile is not None and profile not in known:
+        raise ConfigError(f"--profile: no profile is called {profile!r}{did_you_mean(profile, known)}")
+    chosen: Any = profile or "as_intended"
+    count = 4 if runs is None else runs
+    listed = load_experiments(experiments, runs=count, task=task, profile=chosen, overrides=overrides)
+    return benches.bench_experiments(listed, on_cell=on_cell)
 
 
 @app.command(context_settings=OVERRIDES)
