@@ -167,7 +167,6 @@ def steps(task: ClassifierTask, wanted: int) -> list[tuple[float, float, float]]
 def class_statistics(classes: int, per_class: int) -> tuple[float, float]:
     """CPU seconds of the published statistics and of the library's, on the same features."""
     from expunge.features.distance import Distances
-
     from expunge.features.statistics import ClassStatistics
 
     generator = torch.Generator().manual_seed(1)

@@ -1,27 +1,33 @@
-"""Methods x seeds x requests from one file: cells that resume, failures that do not stop the rest, one table."""
+"""Methods x seeds x requests, or a list of experiments: cells that resume, failures that do not stop the rest."""
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from expunge import files
-from expunge.bench_table import Cell, columns, lines, markdown
+from expunge.bench_files import FRAME as FRAME
+from expunge.bench_files import BenchResult, save
+from expunge.bench_table import Cell
 from expunge.config import BenchConfig, resolved_yaml
+from expunge.config.experiments import Experiments, check_index_file
+from expunge.config.models import Experiment
+from expunge.data.spec import SurrogateSpec
+from expunge.data.surrogate import load_surrogate
 from expunge.digest import json_digest, model_digest
-from expunge.errors import ExpungeError, NotComparableError
-from expunge.evaluation import GAP_KEYS, control_recipes, measure
+from expunge.errors import ExpungeError
+from expunge.evaluation import control_recipes, measure
 from expunge.experiment import make_task, reference_of
-from expunge.metrics.accuracy import avg_gap
+from expunge.metrics.aus import aus_estimate
+from expunge.metrics.divergence import gap_estimate
 from expunge.metrics.estimate import Estimate
+from expunge.metrics.probe import probed
 from expunge.patch import Patch
 from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
@@ -34,30 +40,22 @@ CELL = "cell.json"
 
 
 @dataclass(frozen=True)
-class BenchResult:
-    """All cells, and where the table lies."""
-
-    folder: Path
-    cells: list[Cell]
-
-    @property
-    def failed(self) -> list[Cell]:
-        """Cells with an error."""
-        return [c for c in self.cells if c.error]
-
-    @property
-    def exit_code(self) -> int:
-        """0, or the code of the first failure."""
-        return next((c.exit_code or 1 for c in self.failed), 0)
-
-
-@dataclass(frozen=True)
 class _Job:
     label: str
     role: str
     seed: int
     recipe: Recipe | None  # None: the base itself, or a reference read from a file
     allow_no_effect: bool = False
+    surrogate: SurrogateSpec | None = None  # images of its own, instead of the task's
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Cells that share a task."""
+
+    config: Experiment
+    items: Sequence[tuple[ForgetRequest, _Job]]
+    index_files: Sequence[str] = ()
 
 
 def bench(
@@ -66,7 +64,7 @@ def bench(
     progress: bool = False,
     on_cell: Callable[[int, int, Cell], None] | None = None,
 ) -> BenchResult:
-    """Run every cell, then write ``table.md``, ``table.csv`` and ``results.json`` (and ``report.html``).
+    """Run every cell, then write ``table.md``, ``table.csv``, ``results.json``, ``results.csv``, ``results.parquet``.
 
     A cell lives in a folder named by a digest of everything that its result depends on, weights and data included; one
     that is finished is not repeated. A cell that fails is recorded with its error, the others go on.
@@ -76,23 +74,82 @@ def bench(
         progress: Progress bars of the single runs.
         on_cell: Called after every cell with its number, the total and the cell.
     """
-    task = make_task(config.task)
-    base = model_digest(task.model)
-    folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    files.atomic_write(folder / "config.yaml", resolved_yaml(config))
+    requests = [wanted.build() for wanted in config.requests]
+    listed = [wanted.index_file for wanted in config.requests if wanted.index_file is not None]
+    group = _Group(config, [(request, job) for request in requests for job in plan(config)], listed)
+    return _run([group], config.folder, config.name, config.digest, resolved_yaml(config), progress, on_cell)
+
+
+def bench_experiments(
+    experiments: Experiments,
+    *,
+    progress: bool = False,
+    on_cell: Callable[[int, int, Cell], None] | None = None,
+) -> BenchResult:
+    """Run a list of experiments as one benchmark; see :func:`bench`.
+
+    Args:
+        experiments: From :func:`expunge.config.experiments.load_experiments`.
+        progress: Progress bars of the single runs.
+        on_cell: Called after every cell with its number, the total and the cell.
+    """
+    groups = []
+    for group in experiments.groups:
+        items: list[tuple[ForgetRequest, _Job]] = []
+        for request, label, role, seed, recipe in group.items:
+            items.append((request, _Job(label, role, seed, recipe)))
+            if group.config.controls and role == "after" and recipe is not None and seed == 0:
+                shown = [_Job(f"{label}, {n}", "control", seed, r, True) for n, r in control_recipes(recipe)]
+                items += [(request, job) for job in shown]
+        listed = [e.idxs_to_forget for e in group.entries if isinstance(e.idxs_to_forget, str)]
+        groups.append(_Group(group.config, items, listed))
+    shared = experiments.settings
+    return _run(groups, shared.folder, shared.name, experiments.digest, experiments.resolved(), progress, on_cell)
+
+
+def _run(
+    groups: Sequence[_Group],
+    folder: Path,
+    name: str,
+    digest: str,
+    resolved: str,
+    progress: bool,
+    on_cell: Callable[[int, int, Cell], None] | None,
+) -> BenchResult:
+    total = sum(len(g.items) for g in groups)
     cells: list[Cell] = []
-    jobs = plan(config)
-    total = len(jobs) * len(config.requests)
-    for wanted in config.requests:
-        request = wanted.build()
-        for job in jobs:
-            cells.append(_cell(config, task, base, request, job, folder, progress))
+    facts: list[dict[str, str]] = []
+    for group in groups:
+        task = make_task(group.config.task)
+        for path in group.index_files:
+            check_index_file(path, task.data.train.digest)
+        if not cells:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.atomic_write(folder / "config.yaml", resolved)
+        base = model_digest(task.model)
+        tasks: dict[SurrogateSpec | None, ClassifierTask] = {None: task}
+        for request, job in group.items:
+            if job.surrogate is not None and job.surrogate not in tasks:
+                images = load_surrogate(job.surrogate, task.data.train.shape).images
+                tasks[job.surrogate] = task.with_surrogate(images)
+            cells.append(_cell(group.config, tasks[job.surrogate], base, request, job, folder, progress))
+            recipe = job.recipe
+            facts.append(
+                {
+                    "recipe": "" if recipe is None else recipe.name,
+                    "recipe_digest": "" if recipe is None else recipe.digest,
+                    "request_digest": request.digest,
+                    "model_digest": base,
+                    "data_digest": tasks[job.surrogate].data_digest(),
+                    "config_digest": digest,
+                }
+            )
             if on_cell is not None:
                 on_cell(len(cells), total, cells[-1])
-    cells = [_with_gap(c, cells) for c in cells]
-    result = BenchResult(folder, cells)
-    save(result, config)
+    asked = [f["request_digest"] for f in facts]
+    cells = [_compared(c, [o for o, d in zip(cells, asked) if d == own]) for c, own in zip(cells, asked, strict=True)]
+    result = BenchResult(folder, cells, facts)
+    save(result, name, digest)
     return result
 
 
@@ -103,17 +160,18 @@ def plan(config: BenchConfig) -> list[_Job]:
         recipe = config.reference.recipe() if config.reference.method is not None else None
         seeds = config.seeds if recipe is not None else config.seeds[:1]
         jobs += [_Job("retrained", "reference", seed, recipe) for seed in seeds]
+    own = config.surrogates()
     for label, recipe in config.recipes():
-        role = "reference" if recipe.from_scratch else "after"
-        jobs += [_Job(label, role, seed, recipe) for seed in config.seeds]
+        role, images = "reference" if recipe.from_scratch else "after", own.get(label)
+        jobs += [_Job(label, role, seed, recipe, surrogate=images) for seed in config.seeds]
         wanted = label in config.controls if isinstance(config.controls, tuple) else config.controls
-        if wanted and role == "after":
-            jobs += [_Job(f"{label}, {n}", "control", config.seeds[0], r, True) for n, r in control_recipes(recipe)]
+        for name, control in control_recipes(recipe) if wanted and role == "after" else []:
+            jobs.append(_Job(f"{label}, {name}", "control", config.seeds[0], control, True, images))
     return jobs
 
 
 def _cell(
-    config: BenchConfig,
+    config: Experiment,
     task: ClassifierTask,
     base: str,
     request: ForgetRequest,
@@ -130,6 +188,7 @@ def _cell(
             "reference": _file_key(config) if job.role == "reference" and job.recipe is None else None,
             "seed": job.seed,
             "attacks": list(config.attacks),
+            "evaluate": None if job.role == "control" else config.evaluate.model_dump(mode="json"),
             "versions": current_versions(),
         }
     )
@@ -151,7 +210,9 @@ def _cell(
             seconds=seconds,
             seed=job.seed,
         )
-        cell = _replace(blank, metrics={k: e.to_dict() for k, e in measured.metrics.items()})
+        probes = () if job.role == "control" else config.evaluate.probes()
+        found = measured.metrics | probed(task, request, patch, probes, seed=job.seed, progress=progress)
+        cell = _replace(blank, metrics={k: e.to_dict() for k, e in found.items()})
     except ExpungeError as error:
         cell = _replace(blank, error=f"{type(error).__name__}: {error}", exit_code=error.exit_code)
     except Exception as error:  # one broken cell must not cost the others; it is recorded and ends in a non-zero exit
@@ -162,7 +223,7 @@ def _cell(
 
 
 def _patch(
-    config: BenchConfig, task: ClassifierTask, request: ForgetRequest, job: _Job, where: Path, progress: bool
+    config: Experiment, task: ClassifierTask, request: ForgetRequest, job: _Job, where: Path, progress: bool
 ) -> tuple[Patch | None, float | None]:
     if job.role == "before":
         return None, None
@@ -186,7 +247,7 @@ def _patch(
     return patch, time.perf_counter() - start if fresh else None
 
 
-def _file_key(config: BenchConfig) -> str:
+def _file_key(config: Experiment) -> str:
     wanted = config.reference
     path = None if wanted is None else wanted.patch or wanted.weights
     return files.sha256_file(path) if path is not None and Path(path).is_file() else str(path)
@@ -207,45 +268,26 @@ def _finished(path: Path, key: str, job: _Job, request: ForgetRequest) -> Cell |
     return cell if same else None
 
 
-def _with_gap(cell: Cell, cells: Sequence[Cell]) -> Cell:
-    """Add the average gap to the reference with the same seed (or the only one)."""
-    references = [c for c in cells if c.role == "reference" and c.request == cell.request and not c.error]
+def _compared(cell: Cell, cells: Sequence[Cell]) -> Cell:
+    """Add what takes two models: AUS against the untouched one, the average gap to the reference.
+
+    Of several references the one with the cell's seed counts; there is no gap if none of several has it.
+    """
+    if cell.error:
+        return cell
+    good = [c for c in cells if not c.error and c.request == cell.request]
+    added: dict[str, Estimate] = {}
+    before = next((c for c in good if c.role == "before"), None)
+    if before is not None:
+        added["aus"] = aus_estimate(cell.metrics, before.metrics, "forget_test" in cell.metrics)
+    references = [c for c in good if c.role == "reference"]
     oracle = next((c for c in references if c.seed == cell.seed), references[0] if len(references) == 1 else None)
-    if cell.role == "reference" or oracle is None or cell.error:
-        return cell
-    ours, theirs = ({k: c.value(k) for k in GAP_KEYS} for c in (cell, oracle))
-    if any(v is None for v in (*ours.values(), *theirs.values())):
-        return cell
-    try:
-        gap = avg_gap({k: float(v or 0) for k, v in ours.items()}, {k: float(v or 0) for k, v in theirs.items()})
-    except NotComparableError:
-        return cell
-    estimate = Estimate(
-        gap, n=1, unit="points", method=f"mean of four differences to '{oracle.label}', seed {oracle.seed}"
-    )
-    return _replace(cell, metrics={**cell.metrics, "avg_gap": estimate.to_dict()})
-
-
-def save(result: BenchResult, config: BenchConfig) -> None:
-    """Write ``table.md``, ``table.csv`` and ``results.json``."""
-    rows = lines(result.cells)
-    names = columns(rows)
-    files.atomic_write(result.folder / "table.md", markdown(rows, config.name, config.digest))
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["request", "model", "role", "runs", "failed", *(f"{n}{s}" for n in names for s in ("", "_std", "_n"))]
-    )
-    for row in rows:
-        numbers: list[Any] = []
-        for n in names:
-            v = row.values.get(n, [])
-            numbers += [mean(v) if v else "", stdev(v) if len(v) > 1 else "", len(v)]
-        writer.writerow([row.request, row.label, row.role, row.runs, row.failed, *numbers])
-    files.atomic_write(result.folder / "table.csv", buffer.getvalue())
-    cells = [asdict(c) for c in result.cells]
-    body = {"name": config.name, "config": config.digest, "versions": current_versions(), "cells": cells}
-    files.atomic_write(result.folder / "results.json", json.dumps(body, indent=1, allow_nan=False))
+    if oracle is not None and cell.role != "reference":
+        gap = gap_estimate(*({k: Estimate.from_dict(e) for k, e in c.metrics.items()} for c in (cell, oracle)))
+        if gap.ran:
+            method = f"mean of four differences to '{oracle.label}', seed {oracle.seed}"
+            added["avg_gap"] = dataclasses.replace(gap, method=method)
+    return _replace(cell, metrics={**cell.metrics, **{k: e.to_dict() for k, e in added.items()}})
 
 
 def _word(text: str) -> str:

@@ -13,11 +13,15 @@ import torch
 from expunge import guards
 from expunge.digest import named_tensors
 from expunge.errors import CapabilityError, ExpungeError
-from expunge.metrics.accuracy import avg_gap, per_class_accuracy
+from expunge.metrics.accuracy import GAP_KEYS as GAP_KEYS
+from expunge.metrics.accuracy import per_class_accuracy
+from expunge.metrics.aus import aus_estimate
 from expunge.metrics.classifier import measure_classifier, warnings_for
 from expunge.metrics.cost import run_time
+from expunge.metrics.divergence import divergences, gap_estimate
 from expunge.metrics.estimate import Estimate, not_run
 from expunge.metrics.outputs import ClassifierOutputs
+from expunge.metrics.probe import Probe, probed
 from expunge.patch import Patch, applied, apply, revert
 from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
@@ -28,7 +32,6 @@ from expunge.spaces.saliency import SaliencyMask
 from expunge.tasks.base import Split, Task
 from expunge.tasks.classifier import ClassifierTask
 
-GAP_KEYS = ("ua", "ra", "ta", "mia")
 CONTROL_NOTES = {
     "lr = 0": "the same loop without taking a step",
     "random mask": "the same run with a random mask of the same size",
@@ -159,7 +162,9 @@ def evaluate(
     *,
     title: str = "",
     attacks: tuple[str, ...] = ("mia", "mia_threshold"),
+    probes: Sequence[Probe] = (),
     seed: int = 0,
+    progress: bool = False,
     config: str = "",
     undo: Sequence[str] = (),
     model_name: str = "",
@@ -172,8 +177,11 @@ def evaluate(
         request: What was to be forgotten.
         candidates: The first one with role ``after`` is the subject; the others are controls, baselines, reference.
         title: Headline; made from the request by default.
-        attacks: Membership attacks: ``mia``, ``mia_threshold``, ``mia_svc``.
+        attacks: Membership attacks: ``mia``, ``mia_threshold``, ``mia_svc``, ``mia_scar``, ``mia_scar_published``.
+        probes: Measurements that train, such as :class:`~expunge.metrics.relearn.Relearn` and
+            :class:`~expunge.metrics.lira.Lira`; controls are left out.
         seed: Seed of the attacks' draws.
+        progress: Show the progress of the probes.
         config: The configuration as text, for the reproducibility block.
         undo: Commands that restore the original.
         model_name: Shown name of the model.
@@ -194,7 +202,8 @@ def evaluate(
 
     before = run(Candidate("untouched", None))
     results: dict[str, Measured] = {}
-    rows = [Row("untouched", "before", before.metrics, "the model as it was")]
+    untouched = {**before.metrics, "aus": aus_estimate(before.metrics, before.metrics, class_wise)}
+    rows = [Row("untouched", "before", untouched, "the model as it was")]
     for candidate in candidates:
         if candidate.patch is None:
             missing = {k: not_run(candidate.note or "no patch") for k in ("ua", "ra", "ta")}
@@ -205,7 +214,12 @@ def evaluate(
     for candidate in candidates:
         measured = results.get(candidate.name)
         if measured is not None:
-            metrics = {**measured.metrics, **_gap(measured, oracle)} if candidate is not reference else measured.metrics
+            metrics = {**measured.metrics, "aus": aus_estimate(measured.metrics, before.metrics, class_wise)}
+            if oracle is not None and candidate is not reference:
+                metrics["avg_gap"] = gap_estimate(measured.metrics, oracle.metrics)
+                metrics |= divergences(measured.outputs, oracle.outputs, seed=seed)
+            if candidate.role != "control":
+                metrics |= probed(task, request, candidate.patch, probes, seed=seed, progress=progress)
             rows.append(Row(candidate.name, candidate.role, metrics, candidate.note))
     after = results.get(subject.name) if subject is not None else None
     report = Report(
@@ -217,7 +231,7 @@ def evaluate(
         forgotten_classes=_forgotten(task, request),
         confidence=_confidence(before, after),
         history=[_loss_terms(r) for r in subject.history] if subject is not None else [],
-        not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"])), *not_shown],
+        not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"]), rows), *not_shown],
         undo=list(undo),
         versions=current_versions(),
         environment={
@@ -245,17 +259,6 @@ def evaluate(
 def _loss_terms(row: Mapping[str, Any]) -> dict[str, Any]:
     """A logged step without what is not a part of the loss."""
     return {k: v for k, v in row.items() if k not in BOOKKEEPING}
-
-
-def _gap(measured: Measured, oracle: Measured | None) -> dict[str, Estimate]:
-    if oracle is None:
-        return {}
-    values = [{k: m.metrics[k].value for k in GAP_KEYS if k in m.metrics} for m in (measured, oracle)]
-    missing = [k for k in GAP_KEYS if any(v.get(k) is None for v in values)]
-    if missing:
-        return {"avg_gap": not_run(f"{', '.join(missing)} was not measured")}
-    ours, theirs = ({k: x for k, x in v.items() if x is not None} for v in values)
-    return {"avg_gap": Estimate(avg_gap(ours, theirs), n=1, unit="points", method="mean of four differences, one run")}
 
 
 def _request_facts(task: Task, request: ForgetRequest, split: Split) -> dict[str, Any]:
@@ -310,11 +313,10 @@ def _confidence(before: Measured, after: Measured | None) -> dict[str, Histogram
     return found
 
 
-def _limits(class_wise: bool, has_reference: bool, n_forget: int) -> list[str]:
-    limits = [
-        "Whether a little further training brings the knowledge back (relearning) was not measured.",
-        "One run with one seed; intervals cover the sampling of images, not the variation between runs.",
-    ]
+def _limits(class_wise: bool, has_reference: bool, n_forget: int, rows: Sequence[Row]) -> list[str]:
+    limits = ["One run with one seed; intervals cover the sampling of images, not the variation between runs."]
+    if not any("relearn_steps" in r.metrics for r in rows):
+        limits.insert(0, "Whether a little further training brings the knowledge back (relearning) was not measured.")
     if not has_reference:
         limits.insert(0, "No model retrained without the data was at hand, so 'as if never seen' could not be checked.")
     if class_wise:

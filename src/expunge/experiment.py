@@ -13,8 +13,10 @@ from torch import Tensor
 
 from expunge import files
 from expunge.config import RunConfig, TaskConfig, TrainConfig, resolved_yaml
+from expunge.config.experiments import check_index_file
 from expunge.config.models import Experiment
 from expunge.data import load_data
+from expunge.data.surrogate import load_surrogate
 from expunge.digest import combine, named_tensors, state_digests
 from expunge.errors import ConfigError
 from expunge.evaluation import Candidate, controls, evaluate
@@ -28,7 +30,7 @@ from expunge.request import ForgetRequest
 from expunge.run import CHECKPOINT, LOG, PATCH, unlearn
 from expunge.tasks.classifier import ClassifierTask
 from expunge.track import read_log
-from expunge.train import fit
+from expunge.train import fit, validation_rows
 
 CONFIG, REPORT_JSON, REPORT_HTML, BASE, TIMING = (
     "config.yaml",
@@ -68,7 +70,7 @@ def make_task(config: TaskConfig) -> ClassifierTask:
     normalize = (
         None if norm is None else Normalize.named(norm) if isinstance(norm, str) else Normalize(norm.mean, norm.std)
     )
-    surrogate = load_data(config.surrogate).train if config.surrogate is not None else None
+    surrogate = load_surrogate(config.surrogate, shape).images if config.surrogate is not None else None
     return ClassifierTask(build_model(config.model), data, normalize, surrogate, config.eval_batch_size, config.head)
 
 
@@ -86,6 +88,8 @@ def run(config: RunConfig, *, task: ClassifierTask | None = None, progress: bool
     """
     task = task if task is not None else make_task(config.task)
     request, recipe, folder = config.request.build(), config.build_recipe(), config.folder
+    if config.request.index_file is not None:
+        check_index_file(config.request.index_file, task.data.train.digest)
     started_fresh = not (folder / PATCH).exists() and not (folder / CHECKPOINT).exists()
     start = time.perf_counter()
     patch = unlearn(
@@ -306,7 +310,11 @@ def excluded_path(weights: Path) -> Path:
 
 
 def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = False) -> Trained:
-    """Train and save weights, and beside them the indices that were left out.
+    """Train and save weights, and beside them the indices that were left out (``W.excluded.json``).
+
+    The file can be used as ``index_file`` of a request and with ``--exclude-file``: ``forget`` numbers the rows that
+    are left after the validation part was taken out, under the same data settings (``sha256`` tells others apart), and
+    ``val`` the rows of that part before it was taken out.
 
     Raises:
         ConfigError: The target exists.
@@ -318,11 +326,14 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
         raise ConfigError(f"{target} exists; remove it or allow overwriting")
     task = make_task(config.task)
     request = config.exclude.build() if config.exclude is not None else None
+    if config.exclude is not None and config.exclude.index_file is not None:
+        check_index_file(config.exclude.index_file, task.data.train.digest)
     split = fit(
         task,
         exclude=request,
         optim=config.build_optim(),
         batch_size=config.batch_size,
+        label_smoothing=config.label_smoothing,
         seed=config.seed,
         run_dir=target.with_suffix(".training"),
         trackers=config.trackers,
@@ -330,16 +341,27 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
     )
     excluded = None
     sha256 = task.data.train.digest
-    if request is not None:
+    held = validation_rows(config.task.data, task)
+    if request is not None or held:
         excluded = excluded_path(target)
-        body = {"forget": split["forget"].tolist(), "dataset": config.task.data.name, "sha256": sha256}
-        files.atomic_write(excluded, json.dumps(body))
+        body: dict[str, Any] = {"forget": split["forget"].tolist(), "dataset": config.task.data.name, "sha256": sha256}
+        files.atomic_write(excluded, json.dumps(body | ({"val": held} if held else {})))
+    else:
+        excluded_path(target).unlink(missing_ok=True)  # of the weights that these replace
     accuracy = accuracies(task, [r for r in ("retain", "test", "forget", "forget_test") if r in split], split)
     facts: dict[str, Any] = {"dataset": config.task.data.name, "dataset_sha256": sha256, "seed": str(config.seed)}
     facts |= {"model": config.task.model.name, "optim": json.dumps(config.build_optim().model_dump(mode="json"))}
+    facts |= {"label_smoothing": config.label_smoothing, "task": json.dumps(_portable(config.task))}
     facts |= {f"accuracy.{k}": f"{v:.2f}" for k, v in accuracy.items()}
     save_weights(task.model, target, {k: str(v) for k, v in facts.items()})
     return Trained(target, excluded, accuracy)
+
+
+def _portable(task: TaskConfig) -> dict[str, Any]:
+    """Data and model as given, without the start weights: enough to use the trained weights again."""
+    data = task.model_dump(mode="json", exclude_unset=True)
+    data["model"] = {k: v for k, v in data["model"].items() if k not in ("weights", "pretrained", "allow_nonfinite")}
+    return data
 
 
 def accuracies(task: ClassifierTask, roles: Sequence[str], split: Any) -> dict[str, float]:

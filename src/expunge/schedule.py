@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from expunge import rng
@@ -44,9 +44,19 @@ class Single(_Batched):
 
 
 class Sequential(_Batched):
-    """Per epoch a pass over the forget set, then a pass over the retain set."""
+    """Per epoch a pass over the forget set, then a pass over the retain set.
+
+    Args:
+        forget_epochs: Epochs that begin with the forget pass; later ones are retain passes only. ``None``: all.
+    """
 
     kind: Literal["sequential"] = "sequential"
+    forget_epochs: int | None = Field(default=None, ge=0)
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {k: v for k, v in data.items() if k != "forget_epochs" or v is not None}
 
     def roles(self) -> tuple[str, ...]:
         """Roles that the schedule reads."""
@@ -54,7 +64,9 @@ class Sequential(_Batched):
 
     def steps(self, sizes: Mapping[str, int], epoch: int, key: int) -> list[Step]:
         """The steps of one epoch."""
-        forget = [{"forget": ids} for ids in self._order(sizes["forget"], key, epoch, 0)]
+        forget: list[Step] = []
+        if self.forget_epochs is None or epoch < self.forget_epochs:
+            forget = [{"forget": ids} for ids in self._order(sizes["forget"], key, epoch, 0)]
         return forget + [{"retain": ids} for ids in self._order(sizes["retain"], key, epoch, 1)]
 
 

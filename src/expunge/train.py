@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from expunge.data import DataSpec, load_data
+from expunge.data.splitting import stratified
+from expunge.errors import DataError
 from expunge.objectives.cross_entropy import FineTune
+from expunge.objectives.smoothed import SmoothedFineTune
 from expunge.patch import Patch
 from expunge.patch.apply import apply, settle
 from expunge.recipe import Optim, Recipe
@@ -14,6 +20,7 @@ from expunge.run import execute
 from expunge.schedule import Single
 from expunge.spaces.layers import AllWeights
 from expunge.tasks.base import Split, Task
+from expunge.tasks.classifier import ClassifierTask
 from expunge.track import TrackerName
 
 #: SalUn's protocol for CIFAR: SGD, 182 epochs, rate 0.1 divided by ten at epochs 91 and 136.
@@ -22,11 +29,13 @@ PUBLISHED = Optim(
 )
 
 
-def training_recipe(optim: Optim = PUBLISHED, batch_size: int = 256) -> Recipe:
+def training_recipe(optim: Optim = PUBLISHED, batch_size: int = 256, label_smoothing: float = 0.0) -> Recipe:
     """Cross-entropy on everything that is not excluded, all weights, from the model's present weights."""
+    schedule = Single(role="retain", batch_size=batch_size)
+    smoothed = SmoothedFineTune(schedule=schedule, label_smoothing=label_smoothing) if label_smoothing else None
     return Recipe(
         name="train",
-        objective=FineTune(schedule=Single(role="retain", batch_size=batch_size)),
+        objective=smoothed or FineTune(schedule=schedule),
         space=AllWeights(),
         optim=optim,
     )
@@ -38,6 +47,7 @@ def fit(
     exclude: ForgetRequest | None = None,
     optim: Optim = PUBLISHED,
     batch_size: int = 256,
+    label_smoothing: float = 0.0,
     seed: int = 0,
     run_dir: str | Path | None = None,
     trackers: Sequence[TrackerName] = (),
@@ -50,6 +60,7 @@ def fit(
         exclude: What the model must never see (a retrained oracle); ``None`` trains on the whole training set.
         optim: Optimiser settings; normalisation layers follow ``optim.norm``.
         batch_size: Samples per step.
+        label_smoothing: Share of every target that is spread evenly over all classes.
         seed: Seed of batch order, augmentation and dropout.
         run_dir: Folder for log and checkpoints; a killed training resumes there.
         trackers: ``tensorboard``, ``wandb``.
@@ -68,7 +79,7 @@ def fit(
         task,
         split,
         request,
-        training_recipe(optim, batch_size),
+        training_recipe(optim, batch_size, label_smoothing),
         seed=seed,
         run_dir=run_dir,
         trackers=trackers,
@@ -77,3 +88,22 @@ def fit(
     apply(task.model, patch)
     settle(task.model)
     return split
+
+
+def validation_rows(spec: DataSpec, task: ClassifierTask) -> list[int]:
+    """Row numbers of the validation images in the data set as it was before they were taken out.
+
+    Args:
+        spec: What the task's data were read from.
+        task: The task.
+
+    Raises:
+        DataError: The data have changed since the task was made.
+    """
+    if task.data.val is None:
+        return []
+    whole = load_data(spec.model_copy(update={"val_fraction": 0.0})).train
+    rows = stratified(whole.labels, spec.val_fraction, spec.seed, "validation split")[1]
+    if not torch.equal(whole.labels[rows], task.data.val.labels):
+        raise DataError(f"data '{spec.name}' changed while they were read: the validation rows differ")
+    return rows.tolist()

@@ -32,6 +32,13 @@ ARGUMENTS: dict[tuple[str, str], dict[str, Any]] = {
     ("space", "layers"): {"targets": ["conv2", "fc"]},
     ("space", "matched_layers"): {"targets": ["conv2", "fc"]},
     ("protection", "interval"): {"targets": ["conv2", "fc"], "lambda_interval": 0.1},
+    ("edit", "ssd"): {"alpha": 1.1},  # a weight can matter at most 4 times as much to a quarter of the data as to all
+    ("method", "ssd"): {"alpha": 1.1},
+    ("objective", "scar"): {"until": {"target": -1.0}},  # at this rate one step is enough to forget
+    ("objective", "scar_self"): {"until": {"target": -1.0}},
+    ("objective", "duck"): {"until": {"target": -1}},
+    ("objective", "scar_neg_grad"): {"until": {"target": -1}},
+    ("objective", "scar_random_labels"): {"until": {"target": -1}},
 }
 
 #: Parts that no classifier run can contain, with the reason; they are tested where they belong.
@@ -42,7 +49,7 @@ OPTIM = Optim(lr=0.01, epochs=2, max_steps=2)
 
 REPLAY = Replay(epochs=(({"forget": (0, 1, 2)}, {"retain": (4, 5, 6, 7)}), ({"forget": (3,)}, {"retain": (1,)})))
 SCHEDULES: dict[str, list[Any]] = {
-    "single": [Single(role=r, batch_size=20) for r in ("forget", "retain", "mixed")],
+    "single": [Single(role=r, batch_size=20) for r in ("forget", "retain", "mixed", "surrogate")],
     "sequential": [Sequential(batch_size=20)],
     "paired": [Paired(batch_size=16), Paired(streams=("forget", "surrogate"), batch_size=16)],
     "replay": [REPLAY],

@@ -206,7 +206,7 @@ class Case:
         scale = max(float(want.abs().max()), 1e-6)
         if ".after." in full or ".final." in full:
             start = self.tensors["init." + name.split(".after.")[-1].split("final.")[-1]].double()
-            scale = max(float((want - start).abs().max()), 1e-4)
+            scale = max(float((want - start[~odd]).abs().max()), 1e-4)
         elif ".grad." in full:
             step = full.split(".grad.")[0]
             others = [t for n, t in self.tensors.items() if n.startswith(f"{step}.grad.")]

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from expunge.bench import BenchResult, bench, control_recipes
+from expunge.bench import FRAME, BenchResult, bench, control_recipes, save
 from expunge.bench_table import Cell, lines, markdown
 from expunge.cli import app
 from expunge.config import BenchConfig, Source, parse_config
+from expunge.errors import CapabilityError
 from expunge.method import build_recipe
 
 BASE: dict[str, Any] = {
@@ -65,7 +68,7 @@ def test_the_table_is_mean_and_deviation_over_seeds(done: BenchResult) -> None:
     numbers = [float(v) for v in values if v is not None]
     rows = list(csv.DictReader((done.folder / "table.csv").read_text().splitlines()))
     row = next(r for r in rows if r["model"] == "salun")
-    assert float(row["ra"]) == pytest.approx(mean(numbers))
+    assert float(row["ra_avg"]) == pytest.approx(mean(numbers))
     assert float(row["ra_std"]) == pytest.approx(stdev(numbers))
     assert row["ra_n"] == row["runs"] == "2"
     assert next(r for r in rows if r["model"] == "untouched")["ra_std"] == ""
@@ -73,6 +76,48 @@ def test_the_table_is_mean_and_deviation_over_seeds(done: BenchResult) -> None:
     assert f"{mean(numbers):.2f} ± {stdev(numbers):.2f}" in text
     stored = json.loads((done.folder / "results.json").read_text())
     assert len(stored["cells"]) == len(done.cells)
+
+
+def test_the_frame_has_a_row_per_cell_and_metric(done: BenchResult) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    frame = done.frame()
+    assert frame.column_names == list(FRAME)
+    assert frame.num_rows == sum(len(c.metrics) for c in done.cells)
+    rows = frame.to_pylist()
+    assert parquet.read_table(done.folder / "results.parquet").to_pylist() == rows
+    cell = next(c for c in done.cells if c.label == "salun" and c.seed == 1)
+    (ra,) = [r for r in rows if (r["label"], r["seed"], r["metric"]) == ("salun", 1, "ra")]
+    assert {k: ra[k] for k in cell.metrics["ra"]} == cell.metrics["ra"]
+    assert (ra["recipe"], ra["role"], ra["request"], ra["folder"]) == ("salun", "after", "class 3", cell.folder)
+    assert ra["config_digest"] == json.loads((done.folder / "results.json").read_text())["config"]
+    assert len({r["model_digest"] for r in rows}) == 1 < len({r["recipe_digest"] for r in rows})
+    assert json.loads(ra["versions"])["torch"]
+    text = list(csv.DictReader((done.folder / "results.csv").read_text().splitlines()))
+    assert [(r["label"], r["metric"]) for r in text] == [(r["label"], r["metric"]) for r in rows]
+    assert [r["value"] for r in text] == ["" if r["value"] is None else repr(r["value"]) for r in rows]
+
+
+def test_a_failure_and_a_missing_figure_have_rows() -> None:
+    missing = {"value": None, "n": 0, "note": "too few"}
+    cells = [Cell("a", "after", "r", 0, "x", error="boom"), Cell("b", "after", "r", 0, "x", {"mia": missing})]
+    failed, unmeasured = BenchResult(Path(), cells, [{}, {}]).rows()
+    assert (failed["label"], failed["metric"], failed["value"], failed["error"]) == ("a", None, None, "boom")
+    assert (unmeasured["metric"], unmeasured["value"], unmeasured["note"]) == ("mia", None, "too few")
+    with pytest.raises(ValueError, match="shorter"):
+        BenchResult(Path(), cells, [{}]).rows()
+
+
+def test_a_table_without_pyarrow_says_so(
+    done: BenchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "results.parquet").write_bytes(b"of an earlier run")
+    save(replace(done, folder=tmp_path), "t", "0" * 64)
+    assert "needs pyarrow" in caplog.text
+    assert not (tmp_path / "results.parquet").exists()
+    assert (tmp_path / "results.csv").read_text() == (done.folder / "results.csv").read_text()
+    with pytest.raises(CapabilityError, match="expunge\\[hub\\]"):
+        done.frame()
 
 
 def test_the_gap_is_to_the_reference_with_the_same_seed(done: BenchResult) -> None:
@@ -87,6 +132,29 @@ def test_the_gap_is_to_the_reference_with_the_same_seed(done: BenchResult) -> No
             expected = mean(abs(a - b) for a, b in measured if a is not None and b is not None)
             assert ours.value("avg_gap") == pytest.approx(expected)
     assert by["retrained", 0].value("avg_gap") is None
+
+
+def test_every_cell_is_scored_against_the_untouched_model(done: BenchResult) -> None:
+    values = {c.label: c.value for c in done.cells if c.seed == 0}
+    original, test, gone = (values["untouched"]("ta"), values["salun"]("ta"), values["salun"]("forget_test"))
+    assert original is not None
+    assert test is not None
+    assert gone is not None
+    wanted = (1 - (original - test) / 100) / (1 + gone / 100)
+    assert values["salun"]("aus") == pytest.approx(wanted)
+    assert values["untouched"]("aus") != pytest.approx(wanted)
+
+
+def test_measurements_that_train_are_made_but_not_of_controls(done: BenchResult, tmp_path: Path) -> None:
+    changes = {"methods": BASE["methods"][1:], "seeds": [0], "reference": None, "evaluate": {"relearn": {}}}
+    result = bench(config(tmp_path / "out", **changes))
+    assert result.failed == []
+    assert {c.role: "relearn_steps" in c.metrics for c in result.cells} == {
+        "before": True,
+        "after": True,
+        "control": False,
+    }
+    assert not any("relearn_steps" in c.metrics for c in done.cells)
 
 
 def test_finished_cells_are_taken_over_and_changed_ones_are_not(done: BenchResult) -> None:

@@ -31,6 +31,20 @@ def test_sequential_is_a_forget_pass_then_a_retain_pass():
     assert used(Sequential(batch_size=8), 2)["retain"] == Counter(dict.fromkeys(range(37), 2))
 
 
+def test_forget_epochs_end_the_forget_passes_and_leave_the_retain_passes():
+    whole, limited = Sequential(batch_size=8), Sequential(batch_size=8, forget_epochs=2)
+    for epoch in range(4):
+        want = [s for s in whole.steps(SIZES, epoch, 5) if epoch < 2 or "retain" in s]
+        got = limited.steps(SIZES, epoch, 5)
+        assert [list(s) for s in got] == [list(s) for s in want]
+        assert all(torch.equal(a[r], b[r]) for a, b in zip(got, want, strict=True) for r in a)
+    assert "forget" not in used(Sequential(batch_size=8, forget_epochs=0), 1)
+    assert "forget_epochs" not in whole.model_dump()
+    assert Sequential(**limited.model_dump()) == limited != whole
+    with pytest.raises(ConfigError, match="forget_epochs"):
+        Sequential(forget_epochs=-1)
+
+
 @pytest.mark.parametrize("batch_size", [3, 8, 64])
 def test_paired_uses_forget_once_per_epoch_and_retain_evenly(batch_size):
     counts = used(Paired(batch_size=batch_size), 9)

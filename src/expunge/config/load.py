@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from expunge.config.models import Experiment, RunConfig, TrainConfig
 from expunge.config.text import Source, read_source, resolve_paths, write_yaml
+from expunge.data.spec import SurrogateSpec
 from expunge.errors import ConfigError, did_you_mean
 from expunge.method import settings_model
 from expunge.part import Frozen, explain
@@ -23,6 +24,7 @@ _PATHS: tuple[tuple[str, ...], ...] = (
     ("task", "model", "weights"),
     ("task", "data", "path"),
     ("task", "surrogate", "path"),
+    ("task", "surrogate", "index_file"),
     ("request", "index_file"),
     ("exclude", "index_file"),
     ("reference", "patch"),
@@ -60,6 +62,9 @@ def parse_config(model: type[T], source: Source) -> T:
     several = source.data.get("requests")
     for item in several if isinstance(several, list) else []:
         resolve_paths(item, [("index_file",)], source.folder)
+    methods = source.data.get("methods")
+    for item in methods if isinstance(methods, list) else []:
+        resolve_paths(item, [("surrogate", "path"), ("surrogate", "index_file")], source.folder)
     config = _build(model, source.data, "", source)
     try:
         if isinstance(config, RunConfig):
@@ -98,12 +103,16 @@ def _names(model: type[BaseModel]) -> dict[str, Any]:
     return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
 
 
-def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The settings model that a mapping under this annotation is read as."""
+def _inner(annotation: Any, value: Any = None) -> type[BaseModel] | None:
+    """The settings model that a mapping under this annotation is read as; among several, the one of its ``kind``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, tuple):
-        return next((m for m in map(_inner, get_args(annotation)) if m is not None), None)
+        found = [m for m in (_inner(a, value) for a in get_args(annotation)) if m is not None]
+        if len(found) > 1 and isinstance(value, dict):
+            kinds = {m.model_fields["kind"].default: m for m in found if "kind" in m.model_fields}
+            return kinds.get(value.get("kind"))
+        return found[0] if found else None
     return None
 
 
@@ -123,11 +132,14 @@ def _unknown(model: type[BaseModel], data: Any, where: str) -> Iterator[tuple[st
             yield from _unknown_recipe(value, at)
         elif key == "methods" and isinstance(value, list):
             for i, item in enumerate(value):
-                spec = {k: v for k, v in item.items() if k != "label"} if isinstance(item, dict) else item
+                own = ("label", "surrogate")
+                spec = {k: v for k, v in item.items() if k not in own} if isinstance(item, dict) else item
                 yield from _unknown_recipe(spec, f"{at}.{i}")
+                if isinstance(item, dict) and "surrogate" in item:
+                    yield from _unknown(SurrogateSpec, item["surrogate"], f"{at}.{i}.surrogate")
         elif model is TrainConfig and key == "optim":
             yield from _unknown(Optim, value, at)
-        elif (inner := _inner(names[key])) is not None and not isinstance(value, BaseModel):
+        elif (inner := _inner(names[key], value)) is not None and not isinstance(value, BaseModel):
             yield from _unknown(inner, value, at)
 
 
@@ -163,7 +175,8 @@ def _build(model: type[T], data: Any, where: str, source: Source) -> T:
         raise ConfigError(f"{source.origin(where)}: '{where}' is a mapping of keys to values, got {str(data)[:80]!r}")
     ready = dict(data)
     for key, annotation in _names(model).items():
-        inner, value = _inner(annotation), data.get(key)
+        value = data.get(key)
+        inner = _inner(annotation, value)
         if inner is None or not issubclass(inner, Frozen) or key == "reference":
             continue
         at = f"{where}.{key}" if where else key

@@ -7,11 +7,14 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from expunge.data.spec import DataSpec
+from expunge.data.spec import DataSpec, SurrogateSpec
 from expunge.digest import json_digest
 from expunge.errors import did_you_mean
 from expunge.files import confined
 from expunge.method import build_recipe
+from expunge.metrics.lira import Lira
+from expunge.metrics.probe import Probe
+from expunge.metrics.relearn import Relearn
 from expunge.models.build import ModelSpec
 from expunge.models.normalize import Normalize
 from expunge.part import Frozen
@@ -19,7 +22,7 @@ from expunge.recipe import Optim, Recipe
 from expunge.request import ForgetRequest
 from expunge.track import TrackerName
 
-Attack = Literal["mia", "mia_threshold", "mia_svc"]
+Attack = Literal["mia", "mia_threshold", "mia_svc", "mia_scar", "mia_scar_published"]
 
 
 class MeanStd(Frozen):
@@ -46,7 +49,7 @@ class TaskConfig(Frozen):
     model: ModelSpec
     data: DataSpec
     normalize: str | MeanStd | None = None
-    surrogate: DataSpec | None = None
+    surrogate: SurrogateSpec | None = None
     eval_batch_size: int = Field(default=512, ge=1)
     head: str | None = None
 
@@ -143,6 +146,22 @@ class Reference(Frozen):
         return value
 
 
+class Evaluate(Frozen):
+    """Measurements that train, none by default.
+
+    Args:
+        lira: Attack with shadow models; ``{}`` takes the published training protocol.
+        relearn: Steps of training that bring the forgotten samples back; ``{}`` takes the defaults.
+    """
+
+    lira: Lira | None = None
+    relearn: Relearn | None = None
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The measurements asked for."""
+        return tuple(p for p in (self.relearn, self.lira) if p is not None)
+
+
 class Experiment(Frozen):
     """What runs and benchmarks share."""
 
@@ -151,6 +170,7 @@ class Experiment(Frozen):
     controls: bool = True
     reference: Reference | None = None
     attacks: tuple[Attack, ...] = ("mia", "mia_threshold")
+    evaluate: Evaluate = Evaluate()
     trackers: tuple[TrackerName, ...] = ()
     checkpoint_every: int | None = Field(default=None, ge=1)
     output: str | None = None
@@ -185,6 +205,7 @@ class RunConfig(Experiment):
         controls: Also run the controls that apply.
         reference: The retrained model to compare with.
         attacks: Membership attacks.
+        evaluate: Measurements that train: ``lira``, ``relearn``.
         trackers: ``tensorboard``, ``wandb``.
         checkpoint_every: Steps between checkpoints, by default one per epoch.
     """
@@ -208,7 +229,8 @@ class BenchConfig(Experiment):
     """Methods x seeds x requests.
 
     Args:
-        methods: Method names or ``{method, **settings}``; ``label`` tells two entries of one method apart.
+        methods: Method names or ``{method, **settings}``; ``label`` tells two entries of one method apart, and
+            ``surrogate`` gives an entry surrogate images of its own.
         seeds: Seeds of the runs.
         requests: What to forget, one table each.
         controls: Run the controls of every method, of none, or of the methods with these labels.
@@ -239,7 +261,9 @@ class BenchConfig(Experiment):
     def digest(self) -> str:
         """SHA-256 of everything that the table depends on (not of names and folders)."""
         data = self.model_dump(mode="json", exclude={"name", "output", "trackers", "checkpoint_every", "methods"})
-        return json_digest({**data, "methods": {label: recipe.describe() for label, recipe in self.recipes()}})
+        methods = {label: recipe.describe() for label, recipe in self.recipes()}
+        own = {label: spec.model_dump(mode="json") for label, spec in self.surrogates().items()}
+        return json_digest({**data, "methods": methods, **({"surrogates": own} if own else {})})
 
     def recipes(self) -> list[tuple[str, Recipe]]:
         """Labels and recipes, in order."""
@@ -247,9 +271,20 @@ class BenchConfig(Experiment):
         for spec in self.methods:
             settings = {"method": spec} if isinstance(spec, str) else dict(spec)
             label = settings.pop("label", None)
+            settings.pop("surrogate", None)
             recipe = build_recipe(settings)
             found.append((str(label if label is not None else settings.get("method", recipe.name)), recipe))
         return found
+
+    def surrogates(self) -> dict[str, SurrogateSpec]:
+        """The methods, by label, that bring surrogate images of their own."""
+        labels = [label for label, _ in self.recipes()]
+        specs = [spec.get("surrogate") if isinstance(spec, dict) else None for spec in self.methods]
+        return {
+            label: SurrogateSpec(**spec) if isinstance(spec, dict) else SurrogateSpec(name=str(spec))
+            for label, spec in zip(labels, specs, strict=True)
+            if spec is not None
+        }
 
 
 class TrainConfig(Frozen):
@@ -260,6 +295,7 @@ class TrainConfig(Frozen):
         task: Model and data; the model's weights are the start.
         optim: Fields that replace those of the published protocol.
         batch_size: Samples per step.
+        label_smoothing: Share of every target that is spread evenly over all classes.
         seed: Seed of order, augmentation and dropout.
         exclude: What to leave out.
         output: Weights file, ``runs/<name>.safetensors`` by default.
@@ -270,6 +306,7 @@ class TrainConfig(Frozen):
     task: TaskConfig
     optim: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=256, ge=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 0
     exclude: RequestConfig | None = None
     output: str | None = None

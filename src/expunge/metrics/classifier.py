@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -27,12 +28,18 @@ from expunge.metrics.membership import (
     mia_threshold,
 )
 from expunge.metrics.outputs import ClassifierOutputs
+from expunge.metrics.scar_mia import measure_scar
 
 ROLES = ("forget", "retain", "test", "val", "forget_test")
 ATTACKS: dict[str, Callable[[AttackSets], Estimate]] = {
     "mia": mia,
     "mia_threshold": mia_threshold,
     "mia_svc": mia_svc,
+}
+#: Attacks on whole outputs; each may give several figures. Slow, so never by default.
+OUTPUT_ATTACKS: dict[str, Callable[..., dict[str, Estimate]]] = {
+    "mia_scar": measure_scar,
+    "mia_scar_published": partial(measure_scar, published=True),
 }
 _CLASS_NOTE = "forgotten class left out of the test set"
 _CLASS_MIA = (
@@ -54,7 +61,8 @@ def measure_classifier(
         outputs: ``forget`` and, where there are such data, ``retain``, ``test``, ``val``, ``forget_test`` (test samples
             of the forgotten class). ``ids`` of forget and retain are train-set ids.
         class_wise: The request names whole classes; the test set must then hold none of them.
-        attacks: Of ``mia`` (the SVC of the published tables, binned), ``mia_threshold``, ``mia_svc`` (slow).
+        attacks: Of ``mia`` (the SVC of the published tables, binned), ``mia_threshold``, ``mia_svc`` (slow),
+            ``mia_scar`` and ``mia_scar_published`` (slow).
         seed: Of the balanced draw of members and non-members.
         min_samples: Fewest samples per set for any membership figure.
 
@@ -65,7 +73,7 @@ def measure_classifier(
         DataError: Unknown roles or attacks, no forget set, overlapping sets, or a class-wise test set that still
             holds the forgotten class.
     """
-    for name, known in [(r, ROLES) for r in outputs] + [(a, tuple(ATTACKS)) for a in attacks]:
+    for name, known in [(r, ROLES) for r in outputs] + [(a, (*ATTACKS, *OUTPUT_ATTACKS)) for a in attacks]:
         if name not in known:
             raise DataError(f"measure: {name!r} is not known{did_you_mean(name, known)}")
     forget, retain, test = (outputs.get(r) for r in ("forget", "retain", "test"))
@@ -87,7 +95,10 @@ def measure_classifier(
             found[key] = function(given, note=notes.get(key, ""))
         elif role in ("retain", "test") or given is not None or (role == "forget_test" and class_wise):
             found[key] = not_run(f"no {role.replace('_', ' ')} samples", unit="%")
-    return found | _membership(forget, retain, test, class_wise, attacks, seed, min_samples)
+    found |= _membership(forget, retain, test, class_wise, [a for a in attacks if a in ATTACKS], seed, min_samples)
+    for name in (a for a in attacks if a in OUTPUT_ATTACKS):
+        found |= OUTPUT_ATTACKS[name](outputs, class_wise=class_wise, seed=seed, min_samples=min_samples)
+    return found
 
 
 def _check_sets(
@@ -108,7 +119,7 @@ def _membership(
     retain: ClassifierOutputs | None,
     test: ClassifierOutputs | None,
     class_wise: bool,
-    attacks: tuple[str, ...],
+    attacks: list[str],
     seed: int,
     min_samples: int,
 ) -> dict[str, Estimate]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from expunge import rng
 from expunge.errors import CapabilityError, ConfigError, did_you_mean
+from expunge.models.allcnn import AllCNN
 from expunge.models.cifar_resnet import CifarResNet
 from expunge.models.resnet import SmallImageResNet18
 from expunge.models.small import MLP, SmallCNN
@@ -27,6 +28,7 @@ _BUILDERS: dict[str, Callable[[int, tuple[int, int, int]], nn.Module]] = {
     "resnet18_cifar": lambda n, shape: SmallImageResNet18(n, shape[0]),
     "vgg16_bn": lambda n, shape: VGG16BN(n, shape[0]),
     "vgg16_bn_lth": lambda n, shape: VGG16BN(n, shape[0], single_layer=True),
+    "allcnn": lambda n, shape: AllCNN(n, shape[0], min(shape[1:])),
     "small_cnn": lambda n, shape: SmallCNN(n, shape[0]),
     "mlp": lambda n, shape: MLP(shape, n),
 }
@@ -48,6 +50,7 @@ class ModelSpec(Frozen):
         allow_nonfinite: Accept NaN and infinite weights in that file.
         cifar_stem: timm ResNets only: 3x3 stride-1 stem without pooling.
         pretrained: timm only: fetch timm's weights.
+        dropout: timm only: share of the features that is dropped before the head in training.
         image_size: timm models that need to know the image side.
         seed: Seed of the initial weights.
     """
@@ -59,6 +62,7 @@ class ModelSpec(Frozen):
     allow_nonfinite: bool = False
     cifar_stem: bool = False
     pretrained: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     image_size: int | None = Field(default=None, ge=1)
     seed: int = 0
 
@@ -105,6 +109,7 @@ def _bare(spec: ModelSpec) -> nn.Module:
             image_size=spec.image_size,
             cifar_stem=spec.cifar_stem,
             pretrained=spec.pretrained,
+            dropout=spec.dropout,
         )
     known = did_you_mean(spec.name, MODEL_NAMES)
     if "did you mean" not in known and "did you mean" in (close := did_you_mean(spec.name, timm_names())):
@@ -113,7 +118,7 @@ def _bare(spec: ModelSpec) -> nn.Module:
 
 
 def _refuse_timm_options(spec: ModelSpec) -> None:
-    options: dict[str, Any] = {k: getattr(spec, k) for k in ("cifar_stem", "pretrained", "image_size")}
+    options: dict[str, Any] = {k: getattr(spec, k) for k in ("cifar_stem", "pretrained", "dropout", "image_size")}
     given = [k for k, v in options.items() if v]
     if given:
         raise ConfigError(f"{given} apply to timm models only, not to {spec.name!r}; write 'timm:<name>' for those")

@@ -35,6 +35,7 @@ def build_timm(
     image_size: int | None = None,
     cifar_stem: bool = False,
     pretrained: bool = False,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """Create a timm model with a head of ``n_classes``.
 
@@ -45,6 +46,7 @@ def build_timm(
         image_size: Image side for models that need to know it (vision transformers).
         cifar_stem: Replace a ResNet-like stem by a fresh 3x3 convolution of stride 1 without pooling.
         pretrained: Fetch timm's weights; needs a network or timm's own cache.
+        dropout: Share of the features that is dropped before the head in training.
 
     Raises:
         ConfigError: timm is missing, the name is unknown, or the model takes no ``image_size``.
@@ -58,6 +60,7 @@ def build_timm(
     if not is_timm_name(name):
         raise ConfigError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models())}")
     options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    options |= {"drop_rate": dropout} if dropout else {}
     try:
         model = timm.create_model(name, num_classes=n_classes, in_chans=in_channels, pretrained=pretrained, **options)
     except TypeError as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from torch import Tensor
 
+from expunge import rng
 from expunge.context import Context
+from expunge.errors import RequestError
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
 from expunge.registry import Info
@@ -16,6 +19,7 @@ from expunge.tasks.base import Batch
 
 _SALUN = "OPTML-Group/Unlearn-Saliency"
 _COMMIT = "a6e89fd"
+_ATTEMPTS = 1000
 
 
 @part(
@@ -110,25 +114,51 @@ class RandomLabel(Objective):
             ``paired``.
         alpha: Weight of the retain loss (of each retain sample in a ``mixed`` batch).
         exclude_true: ``y'`` uniform over the other classes; ``False`` gives the published draw over all classes.
-        redraw: New labels every epoch, or the same throughout.
+        exclude_removed: ``y'`` is none of the classes that the request removes as a whole (SCAR's tables).
+        redraw: New labels every epoch, every step, or the same throughout.
     """
 
     schedule: Schedule = Sequential()
     alpha: float = Field(default=1.0, ge=0)
     exclude_true: bool = True
-    redraw: Literal["epoch", "never"] = "epoch"
+    exclude_removed: bool = False
+    redraw: Literal["epoch", "step", "never"] = "epoch"
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        defaults = {k: type(self).model_fields[k].default for k in ("until", "exclude_removed")}
+        return {k: v for k, v in data.items() if k not in defaults or v or v != defaults[k]}
+
+    def _labels(self, ctx: Context, batch: Batch, key: int) -> Tensor:
+        """``y'`` of a batch; labels of removed classes are drawn again, which keeps the others uniform."""
+        task = ctx.task
+        wrong = task.wrong_target(batch, key=key, exclude_true=self.exclude_true)
+        if not (self.exclude_removed and ctx.split.removed):
+            return wrong
+        removed = torch.tensor(ctx.split.removed, device=wrong.device)
+        for attempt in range(_ATTEMPTS):
+            again = torch.isin(wrong, removed)
+            if not bool(again.any()):
+                return wrong
+            other = rng.key(key, "draw again", attempt)
+            wrong = torch.where(again, task.wrong_target(batch, key=other, exclude_true=self.exclude_true), wrong)
+        raise RequestError("no class is left to draw random labels from; the request removes too many classes")
 
     def bind(self, ctx: Context) -> LossFn:
         """Return the loss function."""
         task = ctx.task
 
         def loss(batches: dict[str, Batch]) -> dict[str, Term]:
-            key = ctx.key("wrong target", ctx.epoch if self.redraw == "epoch" else 0)
+            if self.redraw == "step":
+                key = ctx.key("wrong target of a step", ctx.step)
+            else:
+                key = ctx.key("wrong target", ctx.epoch if self.redraw == "epoch" else 0)
             terms = {}
             for role, batch in batches.items():
                 targets = batch.targets
                 if role != "retain":
-                    wrong = task.wrong_target(batch, key=key, exclude_true=self.exclude_true)
+                    wrong = self._labels(ctx, batch, key)
                     targets = torch.where(batch.is_forget.to(wrong.device), wrong, targets)
                 values = task.loss(batch, targets)
                 if role == "mixed" and self.alpha != 1:

@@ -17,6 +17,7 @@ from expunge.errors import ArtifactError, ConfigError, DataError
 from expunge.files import atomic_write
 from expunge.metrics.describe import definitions
 from expunge.metrics.estimate import Estimate
+from expunge.report.embeddings import EmbeddingSection
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -109,6 +110,7 @@ class Report:
         forgotten_classes: Class names to mark in the plot.
         confidence: Histograms of the probability of the true class, by ``"<forget|test|retain>_<before|after>"``.
         history: One mapping per logged step, with ``step`` and loss terms.
+        embeddings: Maps of embeddings and changes of class distances, if they were made.
         not_shown: What was not measured, and limits of what was.
         flags: Warnings to be read first.
         undo: Commands that restore the original model.
@@ -130,6 +132,7 @@ class Report:
     forgotten_classes: list[str] = field(default_factory=list)
     confidence: dict[str, Histogram] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    embeddings: EmbeddingSection | None = None
     not_shown: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     undo: list[str] = field(default_factory=list)
@@ -183,7 +186,10 @@ class Report:
             histograms = {
                 k: Histogram(tuple(h["counts"]), tuple(h["edges"])) for k, h in data.get("confidence", {}).items()
             }
-            return cls(**{**data, "rows": rows, "class_accuracy": classes, "confidence": histograms})
+            section = data.get("embeddings")
+            maps = None if section is None else EmbeddingSection.from_dict(section)
+            made = {"rows": rows, "class_accuracy": classes, "confidence": histograms, "embeddings": maps}
+            return cls(**{**data, **made})
         except (TypeError, KeyError, AttributeError, ValueError, ConfigError, DataError) as error:
             raise ArtifactError(f"report: malformed: {error}") from None
 

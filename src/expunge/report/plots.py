@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expunge.files import atomic_write, confined
+from expunge.report.embedding_plots import tsne, wasserstein
 from expunge.report.model import Report, clean
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from expunge.report.svg import make_figure, style, to_svg
 
 COLOURS = {
     "before": "#7f8792",
@@ -34,55 +29,6 @@ COLOURS = {
 MARKERS = {"before": "o", "after": "D", "reference": "s", "control": "^", "baseline": "v"}
 _GROUPS = {"forget": "forgotten", "test": "new", "retain": "kept"}
 _GLANCE = ("ua", "ra", "ta", "mia")
-_STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa3ad",
-    "axes.labelcolor": "#3a424b",
-    "xtick.color": "#59626c",
-    "ytick.color": "#59626c",
-    "axes.grid": True,
-    "grid.color": "#e6e9ed",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "text.parse_math": False,
-}
-
-
-@contextmanager
-def _style(name: str) -> Iterator[None]:
-    import matplotlib
-
-    settings: Any = {**_STYLE, "svg.hashsalt": f"expunge-{name}"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        # Text stays text in the SVG: the reader's fonts draw it, so glyphs that are missing here do not matter.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        yield
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained", facecolor="none")
-
-
-def _svg(figure: Figure, label: str) -> str:
-    import io
-
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
-    used = set(re.findall(r"#([\w.-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in used else "", text)
-    opening = f'<svg viewBox="{{}}" role="img" aria-label="{label}">'
-    box = re.search(r'viewBox="([^"]*)"', text)
-    return opening.format(box.group(1) if box else "0 0 600 300") + text[text.index(">") + 1 :]
 
 
 def glance(report: Report) -> str | None:
@@ -91,8 +37,8 @@ def glance(report: Report) -> str | None:
     names = [m for m in _GLANCE if sum(r.metrics[m].ran for r in rows if m in r.metrics) >= 2]
     if not names:
         return None
-    with _style("glance"):
-        figure = _figure(9.4, 0.9 + 0.36 * len(rows))
+    with style("glance"):
+        figure = make_figure(9.4, 0.9 + 0.36 * len(rows))
         panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
         for axis, name in zip(panels, names, strict=True):
             for y, row in enumerate(rows):
@@ -113,7 +59,7 @@ def glance(report: Report) -> str | None:
             _widen(axis)
         panels[0].set_yticks(range(len(rows)), [clean(r.name, 28) for r in rows])
         panels[0].set_ylim(len(rows) - 0.5, -0.5)
-        return _svg(figure, "Main figures of every model with their intervals")
+        return to_svg(figure, "Main figures of every model with their intervals")
 
 
 def _widen(axis: Any, least: float = 4.0) -> None:
@@ -134,8 +80,8 @@ def class_accuracy(report: Report) -> str | None:
         moved = {n: abs((after[n].value or 0) - (before[n].value or 0)) for n in names}
         forgotten = set(report.forgotten_classes)
         names = sorted(names, key=lambda n: (n not in forgotten, -moved[n]))[:40]
-    with _style("classes"):
-        figure = _figure(9.4, 0.9 + 0.27 * len(names))
+    with style("classes"):
+        figure = make_figure(9.4, 0.9 + 0.27 * len(names))
         axis = figure.subplots()
         for y, name in enumerate(names):
             if name in report.forgotten_classes:
@@ -158,7 +104,7 @@ def class_accuracy(report: Report) -> str | None:
         axis.set_xlabel("accuracy, %")
         axis.grid(axis="y", visible=False)
         figure.legend(loc="outside upper right", ncols=2)
-        return _svg(figure, "Accuracy per class before and after")
+        return to_svg(figure, "Accuracy per class before and after")
 
 
 def confidence(report: Report) -> str | None:
@@ -169,8 +115,8 @@ def confidence(report: Report) -> str | None:
     times = [t for t in ("before", "after") if f"forget_{t}" in report.confidence and f"test_{t}" in report.confidence]
     if not times:
         return None
-    with _style("confidence"):
-        figure = _figure(9.4, 3.3)
+    with style("confidence"):
+        figure = make_figure(9.4, 3.3)
         panels = figure.subplots(1, len(times), sharey=True, squeeze=False)[0]
         for axis, when in zip(panels, times, strict=True):
             shown = [(r, t, report.confidence.get(f"{r}_{when}")) for r, t in _GROUPS.items()]
@@ -191,7 +137,7 @@ def confidence(report: Report) -> str | None:
         panels[0].set_ylabel("share of samples, %")
         handles, labels = panels[-1].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, fontsize=9.5)
-        return _svg(figure, "How sure the model is about forgotten and new samples")
+        return to_svg(figure, "How sure the model is about forgotten and new samples")
 
 
 def _bin_names(edges: tuple[float, ...]) -> list[str]:
@@ -207,8 +153,8 @@ def curves(report: Report) -> str | None:
     if not names or len(report.history) < 2:
         return None
     palette = [COLOURS[c] for c in ("forget", "after", "reference", "control", "baseline", "before")]
-    with _style("curves"):
-        figure = _figure(9.4, 2.8)
+    with style("curves"):
+        figure = make_figure(9.4, 2.8)
         axis = figure.subplots()
         for i, name in enumerate(names):
             points = [(h["step"], h[name]) for h in report.history if isinstance(h.get(name), int | float)]
@@ -218,10 +164,17 @@ def curves(report: Report) -> str | None:
         axis.set_xlabel("step")
         axis.set_ylabel("loss")
         figure.legend(loc="outside right upper")
-        return _svg(figure, "Loss terms during the run")
+        return to_svg(figure, "Loss terms during the run")
 
 
-PLOTS = {"glance": glance, "class_accuracy": class_accuracy, "confidence": confidence, "curves": curves}
+PLOTS = {
+    "glance": glance,
+    "class_accuracy": class_accuracy,
+    "confidence": confidence,
+    "tsne": tsne,
+    "wasserstein": wasserstein,
+    "curves": curves,
+}
 
 
 def render_all(report: Report) -> dict[str, str]:

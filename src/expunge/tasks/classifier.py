@@ -83,6 +83,10 @@ class ClassifierTask(Task):
         """Index sets with nothing to forget."""
         return self._split(torch.empty(0, dtype=torch.int64), torch.arange(len(self.data.train)), [])
 
+    def with_surrogate(self, images: ImageSet) -> ClassifierTask:
+        """The same model and data with other surrogate images."""
+        return ClassifierTask(self.model, self.data, self.normalize, images, self.eval_batch_size, self.head)
+
     def _split(self, forget: Tensor, retain: Tensor, gone: list[int]) -> Split:
         notes = []
         readable = self.data.train.readable()

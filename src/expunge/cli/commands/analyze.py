@@ -91,6 +91,7 @@ def tsne_command(
     seed: Annotated[int | None, typer.Option(help="234 in two dimensions, 42 in three by default.")] = None,
     metric: Annotated[str, typer.Option(help="Distance between features.")] = "cosine",
     engine: Annotated[str, typer.Option(help="sklearn, or opentsne if it is installed.")] = "sklearn",
+    init: Annotated[str, typer.Option(help="Start from pca or random places.")] = "pca",
     form: Annotated[str, typer.Option("--format", help="Of the animated map: gif, html or both.")] = "gif",
     output: Output = Path("images"),
     parquet: Parquet = False,
@@ -99,7 +100,7 @@ def tsne_command(
     from expunge.analysis.outputs import write_tsne
     from expunge.cli.show import say
 
-    settings: Any = {"dims": dims, "metric": metric, "engine": engine, "form": form, "parquet": parquet}
+    settings: Any = {"dims": dims, "metric": metric, "engine": engine, "init": init, "form": form, "parquet": parquet}
     for file in write_tsne(folders, output, perplexity=perplexity, seed=seed, **settings):
         say(f"written: {file}")
 
