@@ -22,6 +22,7 @@ from expunge.metrics.divergence import divergences, gap_estimate
 from expunge.metrics.estimate import Estimate, not_run
 from expunge.metrics.outputs import ClassifierOutputs
 from expunge.metrics.probe import Probe, probed
+from expunge.objectives.stopping import ACCURACY, TARGET
 from expunge.patch import Patch, applied, apply, revert
 from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
@@ -37,7 +38,7 @@ CONTROL_NOTES = {
     "random mask": "the same run with a random mask of the same size",
 }
 #: Columns of the log that are no loss terms.
-BOOKKEEPING = frozenset({"epoch", "end_of_epoch", "lr", "grad_norm", "skipped"})
+BOOKKEEPING = frozenset({"epoch", "end_of_epoch", "lr", "grad_norm", "skipped", ACCURACY, TARGET})
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def evaluate(
     title: str = "",
     attacks: tuple[str, ...] = ("mia", "mia_threshold"),
     probes: Sequence[Probe] = (),
+    embeddings: bool = False,
     seed: int = 0,
     progress: bool = False,
     config: str = "",
@@ -180,6 +182,7 @@ def evaluate(
         attacks: Membership attacks: ``mia``, ``mia_threshold``, ``mia_svc``, ``mia_scar``, ``mia_scar_published``.
         probes: Measurements that train, such as :class:`~expunge.metrics.relearn.Relearn` and
             :class:`~expunge.metrics.lira.Lira`; controls are left out.
+        embeddings: Add t-SNE pictures and Wasserstein distances of the embeddings.
         seed: Seed of the attacks' draws.
         progress: Show the progress of the probes.
         config: The configuration as text, for the reproducibility block.
@@ -253,6 +256,10 @@ def evaluate(
             class_wise=class_wise,
         )
         report.flags = [*found, *_control_flags(before, subject, candidates, results)]
+    if embeddings and isinstance(task, ClassifierTask):
+        from expunge.analysis import analysis_section
+
+        report.embeddings = analysis_section(task, split, candidates, seed=seed)
     return report
 
 

@@ -119,20 +119,39 @@ def run(config: RunConfig, *, task: ClassifierTask | None = None, progress: bool
         candidates += controls(task, request, recipe, seed=config.seed, progress=progress)
     reference = reference_of(config, task, request, config.seed, folder / "reference", progress=progress)
     candidates += [reference] if reference is not None else []
+    limits = [reference.note] if reference is not None and reference.note.startswith("unchecked") else []
+    title = f"{config.name}: forgetting {request.title}"
+    report = _evaluated(config, task, candidates, title, limits, folder, progress)
+    return Result(folder, patch, report, resumed=False)
+
+
+def _evaluated(
+    config: RunConfig,
+    task: ClassifierTask,
+    candidates: Sequence[Candidate],
+    title: str,
+    not_shown: Sequence[str],
+    folder: Path,
+    progress: bool,
+) -> reporting.Report:
+    """Evaluate as configured and write the report."""
     report = evaluate(
         task,
-        request,
+        config.request.build(),
         candidates,
-        title=f"{config.name}: forgetting {request.title}",
+        title=title,
         attacks=config.attacks,
+        probes=config.evaluate.probes(),
+        embeddings=config.evaluate.embeddings,
         seed=config.seed,
-        config=text,
+        progress=progress,
+        config=resolved_yaml(config),
         undo=undo_commands(config.task),
         model_name=config.task.model.name,
-        not_shown=[reference.note] if reference is not None and reference.note.startswith("unchecked") else [],
+        not_shown=not_shown,
     )
     save_report(report, folder)
-    return Result(folder, patch, report, resumed=False)
+    return report
 
 
 def save_report(report: reporting.Report, folder: Path) -> None:
@@ -279,20 +298,8 @@ def audit(config: RunConfig, patch_file: str | Path, folder: Path, *, progress: 
             candidates += controls(task, request, recipe, seed=patch.manifest.seed, progress=progress)
     reference = reference_of(config, task, request, config.seed, folder / "reference", progress=progress)
     candidates += [reference] if reference is not None else []
-    report = evaluate(
-        task,
-        request,
-        candidates,
-        title=f"{config.name}: evaluation of {Path(patch_file).name}",
-        attacks=config.attacks,
-        seed=config.seed,
-        config=resolved_yaml(config),
-        undo=undo_commands(config.task),
-        model_name=config.task.model.name,
-        not_shown=limits,
-    )
-    save_report(report, folder)
-    return report
+    title = f"{config.name}: evaluation of {Path(patch_file).name}"
+    return _evaluated(config, task, candidates, title, limits, folder, progress)
 
 
 @dataclass(frozen=True)

@@ -147,18 +147,20 @@ class Reference(Frozen):
 
 
 class Evaluate(Frozen):
-    """Measurements that train, none by default.
+    """Further measurements, none by default.
 
     Args:
+        embeddings: Show the embeddings in the report of a run: t-SNE and Wasserstein distances between classes.
         lira: Attack with shadow models; ``{}`` takes the published training protocol.
         relearn: Steps of training that bring the forgotten samples back; ``{}`` takes the defaults.
     """
 
+    embeddings: bool = False
     lira: Lira | None = None
     relearn: Relearn | None = None
 
     def probes(self) -> tuple[Probe, ...]:
-        """The measurements asked for."""
+        """The measurements that train."""
         return tuple(p for p in (self.relearn, self.lira) if p is not None)
 
 
@@ -205,7 +207,7 @@ class RunConfig(Experiment):
         controls: Also run the controls that apply.
         reference: The retrained model to compare with.
         attacks: Membership attacks.
-        evaluate: Measurements that train: ``lira``, ``relearn``.
+        evaluate: Further measurements: ``embeddings``, ``lira``, ``relearn``.
         trackers: ``tensorboard``, ``wandb``.
         checkpoint_every: Steps between checkpoints, by default one per epoch.
     """
@@ -252,6 +254,8 @@ class BenchConfig(Experiment):
                 raise ValueError(f"'controls' names {label!r}, which is no method here{did_you_mean(label, labels)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("'seeds' has one seed twice")
+        if self.evaluate.embeddings:
+            raise ValueError("'evaluate.embeddings' belongs to the report of a single run; use `expunge analyze` here")
         requests = [r.model_dump_json() for r in self.requests]
         if len(set(requests)) < len(requests):
             raise ValueError("'requests' has one request twice")

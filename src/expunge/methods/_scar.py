@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from expunge.context import Context
 from expunge.errors import ArtifactError, CapabilityError
 from expunge.features.distance import Metric
+from expunge.features.keep import Keep
 from expunge.features.statistics import ClassStatistics, evaluating
+from expunge.methods._common import Profile
 from expunge.methods._teacher import frozen_copy
+from expunge.recipe import Optim
 from expunge.schedule import Schedule
 from expunge.tasks.base import Batch
 
-SCAR_PAPER = "Bonato, Cotogni, Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv 2404.12922"
-SCAR_CODE = "jbonato1/SCAR"
-SCAR_COMMIT = "280ceae"
+#: Defaults of both methods.
+OPTIM = Optim(name="adam", lr=5e-4, weight_decay=0.0, epochs=30)
 
 
 def statistics_for(ctx: Context, file: str | None, metric: Metric) -> ClassStatistics:
@@ -142,3 +146,39 @@ class StepMean:
     def _epoch(self, epoch: int) -> list[Tensor]:
         sizes = {r: len(self.ctx.split[r]) for r in self.schedule.roles()}
         return [s["surrogate"] for s in self.schedule.steps(sizes, epoch, self.ctx.seed)]
+
+
+def make_metric(profile: Profile, delta: float, gamma1: float, gamma2: float, passes: int) -> Metric:
+    """The distance of a profile."""
+    if profile == "as_intended":
+        return Metric(delta=delta, gamma1=gamma1, gamma2=gamma2, passes=passes)
+    return Metric(
+        delta=delta,
+        tukey="power",
+        gamma1=gamma1,
+        gamma2=gamma2,
+        passes=passes,
+        offdiag_mean="nonzero",
+        inverse="pinv",
+        column_map="compact",
+    )
+
+
+def make_keep(profile: Profile, temperature: float, rule: Literal["teacher_only", "ignored"] = "teacher_only") -> Keep:
+    """The keep term of a profile; ``rule`` is the published one."""
+    if profile == "as_intended":
+        return Keep(temperature=temperature)
+    return Keep(
+        temperature=temperature,
+        rule=rule,
+        removed_logit="batch_min",
+        row_filter="first_removed",
+        logit_offset=1e-4,
+    )
+
+
+def as_run(optim: Optim, profile: Profile) -> Optim:
+    """As published, normalisation statistics move and surrogates are augmented (in the code for class requests)."""
+    if profile == "as_intended":
+        return optim
+    return optim.model_copy(update={"norm": "train", "augment": optim.augment or ("surrogate",)})

@@ -1,4 +1,4 @@
-"""What the methods of SCAR's tables share: source, stop rule, optimiser of the baselines."""
+"""What SCAR and the methods of its tables share: source, stop rule, optimiser of the baselines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from expunge.objectives.base import Objective
 from expunge.objectives.stopping import StopBelow
 from expunge.recipe import Optim
 
-SCAR_PAPER = "Bonato, Cotogni, Sabetta, SCAR, ECCV 2024, arXiv 2404.12922"
+SCAR_PAPER = "Bonato, Cotogni, Sabetta, Is Retain Set All You Need in Machine Unlearning?, ECCV 2024, arXiv 2404.12922"
 SCAR_CODE = "jbonato1/SCAR"
 SCAR_COMMIT = "280ceae"
 

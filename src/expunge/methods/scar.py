@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -16,17 +16,19 @@ from expunge.features.statistics import evaluating
 from expunge.method import method
 from expunge.methods._common import Profile
 from expunge.methods._scar import (
-    SCAR_CODE,
-    SCAR_COMMIT,
-    SCAR_PAPER,
+    OPTIM,
     StepMean,
     Teacher,
+    as_run,
+    make_keep,
+    make_metric,
     n_classes,
     pass_size,
     represent,
     statistics_for,
 )
-from expunge.objectives.base import LossFn, Objective, Term
+from expunge.methods._scar_tables import SCAR_CODE, SCAR_COMMIT, SCAR_PAPER, StopsWhenForgotten
+from expunge.objectives.base import LossFn, Term
 from expunge.objectives.stopping import StopBelow, accuracy, class_accuracy, outputs
 from expunge.part import part
 from expunge.recipe import Optim, Recipe
@@ -35,8 +37,6 @@ from expunge.schedule import FORWARD_ONLY, Nested, Schedule
 from expunge.spaces.layers import AllWeights
 from expunge.tasks.base import Batch
 
-#: Defaults of this method.
-OPTIM = Optim(name="adam", lr=5e-4, weight_decay=0.0, epochs=30)
 TARGETS, GATES = "scar.targets", "scar.class_accuracy"
 
 _INFO = Info(
@@ -61,7 +61,7 @@ _INFO = Info(
 
 
 @part("scar", _INFO)
-class Scar(Objective):
+class Scar(StopsWhenForgotten):
     """``lambda_1 mean_j w_j d2(z_j, Q_j) + lambda_2 mean KL(teacher || student)`` on forget and surrogate batches.
 
     Source: SCAR, arXiv 2404.12922, and its code. ``d2`` is :class:`~expunge.features.distance.ClassDistance` to the
@@ -117,10 +117,6 @@ class Scar(Objective):
         aim = {"target": 0.01} if removes_classes else {"below_test": 0.015}
         return StopBelow(**aim, every=self.check_every, after_epochs=self.after_epochs)
 
-    def prepare(self, ctx: Context) -> None:
-        """Measure what the stop rule refers to."""
-        self.rule(bool(ctx.split.removed)).prepare(ctx)
-
     def measure(self, ctx: Context, end_of_epoch: bool) -> dict[str, float]:
         """Forget accuracy, and with it the gates of a sample request."""
         rule = self.rule(bool(ctx.split.removed))
@@ -130,10 +126,6 @@ class Scar(Objective):
         if not ctx.split.removed:
             ctx.state[GATES] = class_accuracy(logits, labels, n_classes(ctx))
         return rule.logged(ctx, float(accuracy(logits, labels)))
-
-    def stop(self, history: list[dict[str, Any]]) -> str | None:
-        """A reason to stop, or ``None``."""
-        return self.rule(True).reason(history)
 
     def bind(self, ctx: Context) -> LossFn:
         """Take statistics and teacher outputs, choose the targets, and return the loss function."""
@@ -262,39 +254,3 @@ def scar(
         statistics=statistics,
     )
     return Recipe(name="scar", objective=objective, space=AllWeights(), optim=as_run(optim, profile))
-
-
-def make_metric(profile: Profile, delta: float, gamma1: float, gamma2: float, passes: int) -> Metric:
-    """The distance of a profile."""
-    if profile == "as_intended":
-        return Metric(delta=delta, gamma1=gamma1, gamma2=gamma2, passes=passes)
-    return Metric(
-        delta=delta,
-        tukey="power",
-        gamma1=gamma1,
-        gamma2=gamma2,
-        passes=passes,
-        offdiag_mean="nonzero",
-        inverse="pinv",
-        column_map="compact",
-    )
-
-
-def make_keep(profile: Profile, temperature: float, rule: Literal["teacher_only", "ignored"] = "teacher_only") -> Keep:
-    """The keep term of a profile; ``rule`` is the published one."""
-    if profile == "as_intended":
-        return Keep(temperature=temperature)
-    return Keep(
-        temperature=temperature,
-        rule=rule,
-        removed_logit="batch_min",
-        row_filter="first_removed",
-        logit_offset=1e-4,
-    )
-
-
-def as_run(optim: Optim, profile: Profile) -> Optim:
-    """As published, normalisation statistics move and surrogates are augmented (in the code for class requests)."""
-    if profile == "as_intended":
-        return optim
-    return optim.model_copy(update={"norm": "train", "augment": optim.augment or ("surrogate",)})

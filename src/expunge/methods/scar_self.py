@@ -15,16 +15,17 @@ from expunge.features.keep import Keep
 from expunge.method import method
 from expunge.methods._common import Profile
 from expunge.methods._scar import (
-    SCAR_CODE,
-    SCAR_COMMIT,
-    SCAR_PAPER,
+    OPTIM,
     StepMean,
     Teacher,
+    as_run,
+    make_keep,
+    make_metric,
     n_classes,
     represent,
     statistics_for,
 )
-from expunge.methods.scar import OPTIM, as_run, make_keep, make_metric
+from expunge.methods._scar_tables import SCAR_CODE, SCAR_COMMIT, SCAR_PAPER
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.objectives.stopping import TARGET, StopBelow
 from expunge.part import part
