@@ -20,6 +20,7 @@ from expunge.data.surrogate import load_surrogate
 from expunge.digest import combine, named_tensors, state_digests
 from expunge.errors import ConfigError
 from expunge.evaluation import Candidate, controls, evaluate
+from expunge.features.statistics import ClassStatistics
 from expunge.models import Normalize, build_model
 from expunge.models.weights import save_weights
 from expunge.patch import Manifest, Patch, Replace
@@ -309,6 +310,7 @@ class Trained:
     weights: Path
     excluded: Path | None
     accuracy: dict[str, float]
+    statistics: Path | None = None
 
 
 def excluded_path(weights: Path) -> Path:
@@ -321,10 +323,13 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
 
     The file can be used as ``index_file`` of a request and with ``--exclude-file``: ``forget`` numbers the rows that
     are left after the validation part was taken out, under the same data settings (``sha256`` tells others apart), and
-    ``val`` the rows of that part before it was taken out.
+    ``val`` the rows of that part before it was taken out. With ``statistics`` also the class statistics of the samples
+    trained on (``W.statistics.safetensors``), for the ``statistics`` of SCAR.
 
     Raises:
+        CapabilityError: ``statistics`` of a model without features.
         ConfigError: The target exists.
+        DataError: ``statistics`` of a class with fewer than two samples; the weights have been written.
     """
     target = Path(config.output) if config.output else Path("runs") / f"{config.name}.safetensors"
     if target.suffix != ".safetensors":
@@ -332,6 +337,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; remove it or allow overwriting")
     task = make_task(config.task)
+    if config.statistics:
+        task.require(frozenset({"features"}), "class statistics")
     request = config.exclude.build() if config.exclude is not None else None
     if config.exclude is not None and config.exclude.index_file is not None:
         check_index_file(config.exclude.index_file, task.data.train.digest)
@@ -361,7 +368,12 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
     facts |= {"label_smoothing": config.label_smoothing, "task": json.dumps(_portable(config.task))}
     facts |= {f"accuracy.{k}": f"{v:.2f}" for k, v in accuracy.items()}
     save_weights(task.model, target, {k: str(v) for k, v in facts.items()})
-    return Trained(target, excluded, accuracy)
+    statistics = target.with_suffix(".statistics.safetensors")
+    if config.statistics:
+        ClassStatistics.fit(task, split, "retain", task.eval_batch_size).save(statistics)
+    else:
+        statistics.unlink(missing_ok=True)
+    return Trained(target, excluded, accuracy, statistics if config.statistics else None)
 
 
 def _portable(task: TaskConfig) -> dict[str, Any]:

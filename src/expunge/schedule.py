@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from expunge import rng
@@ -136,6 +136,12 @@ class Nested(_Batched):
     shuffle: bool = False
     restart: bool = False
     discard: bool = False
+
+    @model_validator(mode="after")
+    def _two_roles(self) -> Nested:
+        if self.lead == self.inner:
+            raise ValueError(f"'lead' and 'inner' are both '{self.lead}'; a step holds one batch of each role")
+        return self
 
     def roles(self) -> tuple[str, ...]:
         """Roles that the schedule reads."""

@@ -37,6 +37,24 @@ def test_undo_is_exact_and_said(tour: tuple[DemoResult, list[Any]]) -> None:
     assert (result.folder / "class/report.html").is_file()
 
 
+def test_every_method_of_the_whole_tour_has_valid_settings() -> None:
+    from expunge import demo
+    from expunge.config import RunConfig, parse_config
+
+    assert "scar" in demo.SETTINGS["class"]
+    for kind, methods in demo.SETTINGS.items():
+        assert next(iter(methods)) == "salun"
+        for item in methods.items():
+            assert parse_config(RunConfig, demo._source(kind, demo.TASK, item)).build_recipe().name == item[0]
+
+
+def test_the_training_leaves_what_scar_needs(tour: tuple[DemoResult, list[Any]]) -> None:
+    from expunge.features.statistics import ClassStatistics
+
+    found = ClassStatistics.load(tour[0].folder / "original.statistics.safetensors")
+    assert found.classes.tolist() == list(range(10))
+
+
 def test_the_tour_can_be_repeated_but_not_over_other_things(tour: tuple[DemoResult, list[Any]], tmp_path: Path) -> None:
     from expunge import demo
 

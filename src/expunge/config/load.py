@@ -31,6 +31,8 @@ _PATHS: tuple[tuple[str, ...], ...] = (
     ("reference", "weights"),
     ("recipe", "mask_file"),
     ("recipe", "space", "file"),
+    ("recipe", "statistics"),
+    ("recipe", "objective", "statistics"),
 )
 
 
@@ -64,7 +66,8 @@ def parse_config(model: type[T], source: Source) -> T:
         resolve_paths(item, [("index_file",)], source.folder)
     methods = source.data.get("methods")
     for item in methods if isinstance(methods, list) else []:
-        resolve_paths(item, [("surrogate", "path"), ("surrogate", "index_file")], source.folder)
+        own = [("surrogate", "path"), ("surrogate", "index_file")]
+        resolve_paths(item, [*own, *(steps[1:] for steps in _PATHS if steps[0] == "recipe")], source.folder)
     config = _build(model, source.data, "", source)
     try:
         if isinstance(config, RunConfig):

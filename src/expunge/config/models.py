@@ -302,6 +302,8 @@ class TrainConfig(Frozen):
         label_smoothing: Share of every target that is spread evenly over all classes.
         seed: Seed of order, augmentation and dropout.
         exclude: What to leave out.
+        statistics: Also write the class statistics that SCAR needs, ``<weights>.statistics.safetensors``: one pass over
+            the samples trained on. With that file as its ``statistics``, SCAR never opens the retain set.
         output: Weights file, ``runs/<name>.safetensors`` by default.
         trackers: ``tensorboard``, ``wandb``.
     """
@@ -313,6 +315,7 @@ class TrainConfig(Frozen):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     seed: int = 0
     exclude: RequestConfig | None = None
+    statistics: bool = False
     output: str | None = None
     trackers: tuple[TrackerName, ...] = ()
 

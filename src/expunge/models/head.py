@@ -11,10 +11,13 @@ def find_head(model: nn.Module, n_classes: int) -> str | None:
     """Name of the layer that turns features into logits, or ``None``.
 
     A model that tells its classifier itself (``get_classifier``, as timm's do) is believed; otherwise it is the last
-    linear layer with ``n_classes`` outputs.
+    linear layer with ``n_classes`` outputs. A model with several classifiers (distilled transformers average two) has
+    no such layer.
     """
     own = getattr(model, "get_classifier", None)
     told = own() if callable(own) else None
+    if isinstance(told, list | tuple | dict | nn.ModuleList | nn.ModuleDict):
+        return None
     found = None
     for name, module in model.named_modules():
         if told is not None and module is told and isinstance(module, nn.Linear):

@@ -126,7 +126,8 @@ class ClassifierTask(Task):
         """Features ``[B, D]`` (inputs of the head, flattened) and logits ``[B, C]``, from one forward pass.
 
         Raises:
-            CapabilityError: The model has no head that could be found; name it by ``head``.
+            CapabilityError: The model has no head that could be found, or the forward pass does without it; name it by
+                ``head``.
         """
         if self.head is None:
             raise CapabilityError(
@@ -139,6 +140,11 @@ class ClassifierTask(Task):
             logits = self.predict(batch)
         finally:
             hook.remove()
+        if not seen:
+            raise CapabilityError(
+                f"the head '{self.head}' takes no part in the forward pass; name the module that takes the features by "
+                "`head`"
+            )
         return seen[-1].flatten(1), logits
 
     def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:

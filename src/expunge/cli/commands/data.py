@@ -1,16 +1,20 @@
-"""``data``: look at the images a configuration names, before anything is trained."""
+"""``data``: look at the data a configuration names, and take statistics of them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from expunge.cli.app import app, complain
 from expunge.cli.commands.runs import OVERRIDES, Words, config_and_overrides
 
-data_app = typer.Typer(name="data", help="Look at the images that a configuration names.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from expunge.config import TrainConfig
+    from expunge.config.models import Experiment
+
+data_app = typer.Typer(name="data", help="Look at the data that a configuration names.", no_args_is_help=True)
 app.add_typer(data_app)
 
 
@@ -24,10 +28,6 @@ def surrogate(
 ) -> None:
     """Load the surrogate set of a run, bench or training file and compare it with the training images."""
     from expunge.cli.show import facts, say, table
-    from expunge.config import BenchConfig, RunConfig, TrainConfig
-    from expunge.config.load import parse_config
-    from expunge.config.models import Experiment
-    from expunge.config.text import read_source
     from expunge.data import load_data
     from expunge.data.surrogate import load_surrogate
     from expunge.data.surrogate_stats import contact_sheet, surrogate_statistics
@@ -36,10 +36,7 @@ def surrogate(
     if preview is not None and preview.suffix.lower() != ".png":
         raise ConfigError(f"a contact sheet is a .png file, not {preview.name!r}")
     path, overrides = config_and_overrides(words)
-    source = read_source(path, overrides)
-    kinds: dict[str, type[Experiment]] = {"methods": BenchConfig, "recipe": RunConfig}
-    experiment = next((kind for key, kind in kinds.items() if key in source.data), None)
-    task = (parse_config(experiment, source) if experiment is not None else parse_config(TrainConfig, source)).task
+    task = _any_config(path, overrides).task
     if task.surrogate is None:
         raise ConfigError(f"{path}: no 'task.surrogate'; add one, e.g. --task.surrogate.name shapes")
     train = load_data(task.data).train
@@ -83,3 +80,56 @@ def surrogate(
     if preview is not None:
         contact_sheet(found.images, preview)
         say(f"written: {preview}")
+
+
+@data_app.command(context_settings=OVERRIDES)
+def statistics(
+    words: Words,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .safetensors.")],
+    delta: Annotated[float, typer.Option(help="Exponent of the features, as in the method.")] = 0.5,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+) -> None:
+    """Write the class statistics that SCAR needs: one pass over the training set with the weights of a file.
+
+    With `statistics` of a method set to this file, the retain set is never opened. What a training file excludes is
+    left out. `statistics: true` in a training file does the same at the end of the training.
+    """
+    from expunge.cli.show import facts, say
+    from expunge.config import TrainConfig
+    from expunge.config.experiments import check_index_file
+    from expunge.errors import ConfigError
+    from expunge.experiment import make_task
+    from expunge.features.statistics import ClassStatistics
+
+    if output.suffix != ".safetensors":
+        raise ConfigError(f"class statistics are a .safetensors file, not {output.name!r}")
+    if output.exists() and not overwrite:
+        raise ConfigError(f"{output} exists; remove it or allow overwriting")
+    if not delta > 0:
+        raise ConfigError(f"--delta must be above 0, got {delta:g}")
+    path, overrides = config_and_overrides(words)
+    config = _any_config(path, overrides)
+    if config.task.model.weights is None and not config.task.model.pretrained:
+        raise ConfigError(f"{path}: 'task.model.weights' names no file: class statistics belong to trained weights")
+    task = make_task(config.task)
+    exclude = config.exclude if isinstance(config, TrainConfig) else None
+    if exclude is not None and exclude.index_file is not None:
+        check_index_file(exclude.index_file, task.data.train.digest)
+    split = task.split(exclude.build()) if exclude is not None else task.everything()
+    found = ClassStatistics.fit(task, split, "retain", task.eval_batch_size, delta=delta)
+    found.save(output)
+    shown = {"classes": len(found.classes), "samples": int(found.count.sum()), "features": found.mean.shape[1]}
+    facts("class statistics", {**shown, "power": f"{found.rule}, {delta:g}", "model": found.model})
+    say(f"written: {output}")
+
+
+def _any_config(path: str, overrides: dict[str, Any]) -> Experiment | TrainConfig:
+    """A run, bench or training file, told apart by its keys."""
+    from expunge.config import BenchConfig, RunConfig, TrainConfig
+    from expunge.config.load import parse_config
+    from expunge.config.text import read_source
+
+    source = read_source(path, overrides)
+    kinds: dict[str, type[Experiment]] = {"methods": BenchConfig, "recipe": RunConfig}
+    experiment = next((kind for key, kind in kinds.items() if key in source.data), None)
+    return parse_config(experiment, source) if experiment is not None else parse_config(TrainConfig, source)
