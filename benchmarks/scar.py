@@ -118,8 +118,8 @@ def stepper(task: ClassifierTask, published: bool) -> Callable[[Tensor, Tensor],
         out = model(y)
         if published:
             u = functional.normalize(z**DELTA, dim=1)
-            diff = u[:, None] - unit
-            d = torch.stack([((diff[:, k] @ inverse[k]) @ diff[:, k].T).diagonal() for k in range(len(inverse))], 1)
+            rows = (u - unit[:, None]).contiguous()  # [K, B, D], as published for every class
+            d = ((rows @ inverse) @ rows.transpose(1, 2)).diagonal(dim1=1, dim2=2).T
             away = d.min(1).values.mean()
             with torch.no_grad():
                 target = teacher(y).softmax(1)

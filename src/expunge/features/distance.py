@@ -146,17 +146,13 @@ class ClassDistance:
         d = u - v
         if self.metric.inverse == "pinv":
             return ((d @ factor) * d).sum(1)
-        return (d @ factor.T).square().sum(1)
+        return torch.linalg.solve_triangular(factor, d.T, upper=False).square().sum(0)
 
     def _factor(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit mean and, for ``inv``, ``L^-1`` with ``L L' = R``; for ``pinv`` the pseudo-inverse itself."""
+        """Unit mean and, for ``inv``, the Cholesky factor of the matrix; for ``pinv`` the pseudo-inverse itself."""
         key = (index, like.dtype, like.device)
         if key not in self._factors:
-            if self.metric.inverse == "pinv":
-                factor = self._pseudo_inverse(index)
-            else:
-                L = self._cholesky(index)
-                factor = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False)
+            factor = self._pseudo_inverse(index) if self.metric.inverse == "pinv" else self._cholesky(index)
             v = functional.normalize(self.statistics.mean[index], dim=0)
             self._factors[key] = (v.to(like.device, like.dtype), factor.to(like.device, like.dtype))
         return self._factors[key]

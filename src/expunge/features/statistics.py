@@ -23,7 +23,7 @@ Tukey = Literal["power", "signed_power"]
 OffDiagonal = Literal["all", "nonzero"]
 
 _FORMAT = "expunge_class_statistics"
-_ROWS = 8192  # features held back before they are merged, so that every class comes in blocks
+_ROWS = 16384  # features held back before they are merged, so that every class comes in blocks
 
 
 def tukey(z: Tensor, delta: float, rule: Tukey = "power", eps: float = 0.0, *, exact_slope: bool = False) -> Tensor:
@@ -40,7 +40,7 @@ def tukey(z: Tensor, delta: float, rule: Tukey = "power", eps: float = 0.0, *, e
     if delta == 1:
         return z + eps if rule == "power" else z
     base = z + eps if rule == "power" else z.abs() + eps
-    if exact_slope:
+    if exact_slope or not base.requires_grad:
         powered = base**delta
     else:
         zero = base == 0
@@ -61,14 +61,17 @@ def shrink(S: Tensor, gamma1: float, gamma2: float, passes: int = 1, offdiag: Of
         passes: Repetitions; two of strength 3 amount to one of strength 15 (with ``all``).
         offdiag: Which entries V2 is the mean of.
     """
-    D = S.shape[-1]
-    eye = torch.eye(D, dtype=S.dtype, device=S.device)
+    D, S = S.shape[-1], S.clone()
+    diagonal = S.diagonal(dim1=-2, dim2=-1)
     for _ in range(passes):
-        v1 = S.diagonal(dim1=-2, dim2=-1).mean(-1)
-        rest = S * (1 - eye)
-        number = (rest != 0).sum((-2, -1)).clamp_min(1) if offdiag == "nonzero" else max(D * (D - 1), 1)
-        v2 = rest.sum((-2, -1)) / number
-        S = S + gamma1 * v1[..., None, None] * eye + gamma2 * v2[..., None, None] * (1 - eye)
+        trace = diagonal.sum(-1)
+        if offdiag == "nonzero":
+            number = ((S != 0).sum((-2, -1)) - (diagonal != 0).sum(-1)).clamp_min(1)
+        else:
+            number = torch.tensor(max(D * (D - 1), 1))
+        v1, v2 = trace / D, (S.sum((-2, -1)) - trace) / number
+        S += (gamma2 * v2)[..., None, None]
+        diagonal += (gamma1 * v1 - gamma2 * v2)[..., None]
     return S
 
 
@@ -158,8 +161,9 @@ class ClassStatistics:
         merge = _Moments(torch.tensor(sorted(classes)))
         held: list[tuple[Tensor, Tensor]] = []
         for z, y in batches:
-            z = z.detach().cpu().double()
-            if not bool(torch.isfinite(z).all()):
+            z = z.detach().cpu()
+            z = z.float() if z.element_size() < 4 else z
+            if not bool(torch.isfinite(z.sum(dtype=torch.float64))):
                 raise DataError("the model has features that are NaN or infinite; no statistics can be taken of them")
             if rule == "power" and delta != 1 and bool((z < 0).any()):
                 raise _NegativeError("the model has negative features, whose power is undefined: use 'signed_power'")
@@ -176,9 +180,8 @@ class ClassStatistics:
                     f"{who} has {merge.count[i]} sample(s) to take statistics of and needs at least 2 for a covariance"
                 )
         count = torch.tensor(merge.count)
-        covariance = torch.stack(merge.scatter) / (count - 1).double()[:, None, None]
-        mean = torch.stack(merge.mean)
-        return cls(torch.tensor(sorted(classes)), count, mean, covariance, delta, rule, eps, names, model)
+        covariance = merge.scatter.div_((count - 1).double()[:, None, None])
+        return cls(torch.tensor(sorted(classes)), count, merge.mean, covariance, delta, rule, eps, names, model)
 
     @classmethod
     def fit(
@@ -282,28 +285,30 @@ class _Moments:
     def __init__(self, classes: Tensor) -> None:
         self.classes, K = classes, len(classes)
         self.count = [0] * K
-        self.mean: list[Tensor] = [torch.zeros(0)] * K
-        self.scatter: list[Tensor] = [torch.zeros(0)] * K
+        self.mean = self.scatter = torch.zeros(K, 0, dtype=torch.float64)
 
     def add(self, held: list[tuple[Tensor, Tensor]]) -> None:
         if not held:
             return
         rows, labels = torch.cat([t for t, _ in held]), torch.cat([y for _, y in held])
+        if not self.mean.numel():
+            K, D = len(self.classes), rows.shape[1]
+            self.mean, self.scatter = (torch.zeros(K, *shape, dtype=torch.float64) for shape in ((D,), (D, D)))
         for i, c in enumerate(self.classes.tolist()):
             own = labels == c
             if bool(own.any()):
                 self._merge(i, rows[own])
 
     def _merge(self, i: int, t: Tensor) -> None:
-        mean = t.mean(0)
-        centred = t - mean
-        scatter = centred.T @ centred
-        n, m = self.count[i], len(t)
+        t = t.double()
+        mean, n, m = t.mean(0), self.count[i], len(t)
+        t -= mean
+        self.scatter[i].addmm_(t.T, t)
+        step = mean - self.mean[i]
         if n:
-            step = mean - self.mean[i]
-            mean = self.mean[i] + step * (m / (n + m))
-            scatter += self.scatter[i] + torch.outer(step, step) * (n * m / (n + m))
-        self.count[i], self.mean[i], self.scatter[i] = n + m, mean, scatter
+            self.scatter[i].addr_(step, step, alpha=n * m / (n + m))
+        self.mean[i] += step * (m / (n + m))
+        self.count[i] = n + m
 
 
 @contextmanager
