@@ -39,6 +39,10 @@ def clean(text: object, limit: int = 2000) -> str:
     return "".join(shown[:limit]) + (" ..." if len(shown) > limit else "")
 
 
+#: Figures that a terminal table leaves to the page.
+_PAGE_ONLY = frozenset({"mia_threshold", "attack_auc", "js_test", "kl_forget", "kl_test"})
+
+
 @dataclass(frozen=True)
 class Row:
     """One measured model.
@@ -232,7 +236,7 @@ class Report:
         atomic_write(path, render(self))
 
     def table(self) -> Table:
-        """The results for a terminal: one line per metric, one column per model."""
+        """The main results for a terminal: one line per metric, one column per model. The page has all of them."""
         from rich.table import Table
         from rich.text import Text
 
@@ -241,10 +245,13 @@ class Report:
         rows = self.ordered()
         for row in rows:
             table.add_column(Text(f"{clean(row.name, 60)} ({row.role})"), justify="right")
-        for name in self.metric_names():
+        names = self.metric_names()
+        for name in (n for n in names if n not in _PAGE_ONLY):
             label = self.definitions.get(name, {}).get("label", name)
             cells = [Text(clean(row.metrics[name], 120)) if name in row.metrics else Text("-") for row in rows]
             table.add_row(Text(clean(label, 60)), *cells)
+        more = sum(n in _PAGE_ONLY for n in names)
+        table.caption = f"{more} more figures in the report" if more else None
         return table
 
 
