@@ -37,10 +37,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5000, help="of all models together")
     parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--dims", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--engine", default="sklearn")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     models = [model(f"m{k}", args.samples // args.models, args.dims, 10) for k in range(args.models)]
     tsne([model("warm", 60, 4, 2)], perplexity=5, engine=args.engine, iterations=250)
     start, used = time.perf_counter(), time.process_time()

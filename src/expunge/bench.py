@@ -128,10 +128,10 @@ def _run(
             files.atomic_write(folder / "config.yaml", resolved)
         base = model_digest(task.model)
         tasks: dict[SurrogateSpec | None, ClassifierTask] = {None: task}
+        for own in {j.surrogate for _, j in group.items} - {None}:  # a set that cannot be read ends it before any run
+            assert own is not None
+            tasks[own] = task.with_surrogate(load_surrogate(own, task.data.train.shape).images)
         for request, job in group.items:
-            if job.surrogate is not None and job.surrogate not in tasks:
-                images = load_surrogate(job.surrogate, task.data.train.shape).images
-                tasks[job.surrogate] = task.with_surrogate(images)
             cells.append(_cell(group.config, tasks[job.surrogate], base, request, job, folder, progress))
             recipe = job.recipe
             facts.append(

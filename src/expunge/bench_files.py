@@ -80,7 +80,7 @@ class BenchResult:
         try:
             import pyarrow
         except ImportError as error:
-            raise CapabilityError("a result frame needs pyarrow: pip install 'expunge[hub]'") from error
+            raise CapabilityError("a result frame needs pyarrow: pip install pyarrow") from error
         types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64()}
         schema = pyarrow.schema([(name, types[kind]) for name, kind in FRAME.items()])
         return pyarrow.Table.from_pylist(self.rows(), schema=schema)

@@ -144,7 +144,11 @@ class Recipe(Frozen):
         """Roles and capabilities that the parts need."""
         parts = [p for p in (self.objective, self.edit, self.space, *self.protections) if p is not None]
         roles = set(self.objective.schedule.roles()) if self.objective is not None else set()
-        return frozenset(n for p in parts for n in p.info.needs) | (roles - {"mixed"})
+        if "mixed" in roles:
+            roles = (roles - {"mixed"}) | {"forget", "retain"}
+        if self.objective is not None and self.objective.until is not None:
+            roles.add("forget")
+        return frozenset(n for p in parts for n in p.info.needs) | roles
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with other top-level settings; ``optim`` may be a mapping of single settings."""

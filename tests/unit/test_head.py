@@ -146,13 +146,6 @@ def test_a_method_that_needs_features_names_what_is_missing() -> None:
     assert len(patch)
 
 
-def test_a_convolution_as_last_layer_is_found_by_name() -> None:
-    """AllCNN ends in pooling: its features are whatever the named layer takes in."""
-    model = build_model(ModelSpec(name="allcnn", n_classes=N, input_shape=(3, 32, 32)))
-    head = find_head(model, N)
-    assert (head is None) == (not any(isinstance(m, nn.Linear) and m.out_features == N for m in model.modules()))
-
-
 def test_a_head_that_takes_no_part_in_the_forward_pass_is_an_error() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:

@@ -75,7 +75,7 @@ def test_one_more_pair_is_forwarded_only_where_a_batch_remains(repeats: int, res
 @pytest.mark.parametrize("repeats", [1, 2, 3, 4, 5, 9])
 def test_passes_that_go_on_use_the_inner_role_evenly(repeats: int) -> None:
     found = updates(steps(nested(repeats=repeats, discard=True), epochs=3))
-    counts: Counter[int] = Counter({i: 0 for i in range(23)})
+    counts: Counter[int] = Counter(dict.fromkeys(range(23), 0))
     for step in found:
         counts.update(step["surrogate"].tolist())
         assert max(counts.values()) - min(counts.values()) <= 1

@@ -44,9 +44,8 @@ def task() -> ClassifierTask:
 
 
 def fine_tune(*roles: str, **optim: Any) -> Recipe:
-    schedule = (
-        {"kind": "single", "role": roles[0]} if len(roles) == 1 else {"kind": "paired", "streams": roles}
-    )  # fmt: skip
+    one = {"kind": "single", "role": roles[0]}
+    schedule = one if len(roles) == 1 else {"kind": "paired", "streams": roles}
     objective = {"kind": "fine_tune", "schedule": {**schedule, "batch_size": 10}}
     return Recipe(name="t", objective=objective, space="all", optim={"lr": 1e-3, "epochs": 1, **optim})
 
@@ -140,7 +139,8 @@ def test_roles_read_are_those_of_the_method() -> None:
     read = {
         "fine_tune": ("forget", "retain"),
         "gradient_ascent": ("forget",),
-        "random_label": ("forget", "retain"),
+        "neg_grad_plus": ("forget", "retain"),
+        "random_label": ("forget", "retain"),  # both, shuffled together
         "scar": ("forget", "surrogate"),
         "scar_self": ("surrogate",),
         "duck": ("forget", "retain"),
@@ -169,16 +169,17 @@ def test_a_recipe_of_surrogates_alone_never_opens_a_training_image(
     assert set(split["retain"].tolist()) & train.asked
 
 
-def test_a_stop_rule_opens_the_forget_images_and_says_so(task: ClassifierTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_rule_opens_the_forget_images_and_no_others(
+    task: ClassifierTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train = task.data.train
     assert isinstance(train, Recording)
     recipe = surrogates_only(monkeypatch)
     assert recipe.objective is not None
     stopping = recipe.replace(objective={**recipe.objective.describe(), "until": {"target": -1.0}})
-    unlearn(task, REQUEST, stopping)
-    split = task.split(REQUEST)
-    assert train.asked == set(split["forget"].tolist())
     assert stopping.needs() == {"surrogate", "forget"}
+    unlearn(task, REQUEST, stopping)
+    assert train.asked == set(task.split(REQUEST)["forget"].tolist())
 
 
 def test_a_method_without_retain_images_is_not_made_to_open_them(task: ClassifierTask) -> None:
@@ -208,7 +209,7 @@ def test_other_surrogates_leave_model_and_data_alone(task: ClassifierTask, tmp_p
 def test_surrogates_can_be_added_to_a_task_without(task: ClassifierTask) -> None:
     bare = ClassifierTask(task.model, task.data, eval_batch_size=7, head="fc")
     recipe = fine_tune("surrogate")
-    with pytest.raises(CapabilityError, match="needs retain, surrogate|needs surrogate"):
+    with pytest.raises(CapabilityError, match="needs surrogate"):
         unlearn(bare, REQUEST, recipe)
     other = bare.with_surrogate(tiny_images(2, 9, "surrogate"))
     assert other.capabilities - bare.capabilities == {"surrogate"}

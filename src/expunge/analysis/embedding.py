@@ -186,7 +186,7 @@ def save_parquet(path: str | os.PathLike[str], columns: dict[str, Any]) -> None:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError('Parquet files need pyarrow: pip install "expunge[hub]"') from None
+        raise ConfigError("Parquet files need pyarrow: pip install pyarrow") from None
     with atomic_path(path) as temporary:
         parquet.write_table(pyarrow.table(columns), temporary)
 

@@ -22,7 +22,6 @@ Init = Literal["pca", "random"]
 DEFAULTS: dict[int, tuple[float, int]] = {2: (50.0, 234), 3: (30.0, 42)}
 KEY = "expunge_tsne"
 FORMAT = 1
-_THREADED = 2000
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,8 @@ def _sklearn(
     steps = "max_iter" if "max_iter" in inspect.signature(TSNE).parameters else "n_iter"
     options: dict[str, Any] = {steps: iterations, "init": init, "learning_rate": "auto"}
     maps = TSNE(dims, perplexity=perplexity, metric=metric, random_state=seed, **options)
-    # Small maps gain nothing from threads, and on a busy machine lose a lot by waiting for each other.
-    with threadpool_limits(1 if len(x) < _THREADED else torch.get_num_threads()):
+    # On a busy machine the threads lose more by waiting for each other than they gain.
+    with threadpool_limits(1):
         return maps.fit_transform(x.astype(np.float32))
 
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from expunge.data.spec import DataSpec, SurrogateSpec
 from expunge.digest import json_digest
-from expunge.errors import did_you_mean
+from expunge.errors import ConfigError, did_you_mean
 from expunge.files import confined
 from expunge.method import build_recipe
 from expunge.metrics.lira import Lira
@@ -254,6 +254,7 @@ class BenchConfig(Experiment):
                 raise ValueError(f"'controls' names {label!r}, which is no method here{did_you_mean(label, labels)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("'seeds' has one seed twice")
+        self.surrogates()
         if self.evaluate.embeddings:
             raise ValueError("'evaluate.embeddings' belongs to the report of a single run; use `expunge analyze` here")
         requests = [r.model_dump_json() for r in self.requests]
@@ -281,14 +282,24 @@ class BenchConfig(Experiment):
         return found
 
     def surrogates(self) -> dict[str, SurrogateSpec]:
-        """The methods, by label, that bring surrogate images of their own."""
+        """The methods, by label, that bring surrogate images of their own.
+
+        Raises:
+            ConfigError: The settings of one are wrong; its place in ``methods`` is named.
+        """
         labels = [label for label, _ in self.recipes()]
         specs = [spec.get("surrogate") if isinstance(spec, dict) else None for spec in self.methods]
-        return {
-            label: SurrogateSpec(**spec) if isinstance(spec, dict) else SurrogateSpec(name=str(spec))
-            for label, spec in zip(labels, specs, strict=True)
-            if spec is not None
-        }
+        found = {}
+        for i, (label, spec) in enumerate(zip(labels, specs, strict=True)):
+            if spec is None:
+                continue
+            if not isinstance(spec, str | dict):
+                raise ConfigError(f"'methods.{i}.surrogate' is a name or a mapping of settings, got {spec!r}"[:200])
+            try:
+                found[label] = SurrogateSpec(**({"name": spec} if isinstance(spec, str) else spec))
+            except ConfigError as error:
+                raise ConfigError(f"'methods.{i}.surrogate': {error}") from None
+        return found
 
 
 class TrainConfig(Frozen):

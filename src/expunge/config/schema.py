@@ -50,7 +50,7 @@ def json_schema(kind: str = "run") -> dict[str, Any]:
     name: dict[str, Any] = {"type": "string", "enum": names}
     part = {k: {"anyOf": [{"enum": sorted(parts[k])}, choice("kind", parts[k])]} for k in _PARTS if parts[k]}
     nothing = {"type": "null"}
-    custom = {
+    custom: dict[str, Any] = {
         "type": "object",
         "additionalProperties": False,
         "required": ["space"],
@@ -71,8 +71,10 @@ def json_schema(kind: str = "run") -> dict[str, Any]:
         properties["recipe"] = recipe
     if kind == "bench":
         properties["methods"] = {**properties["methods"], "items": recipe}
-        for model in methods.values():
-            defs[model.__name__]["properties"]["label"] = {"type": "string"}
+        label: dict[str, Any] = {"type": "string"}
+        own: dict[str, Any] = {"anyOf": [label, {"$ref": "#/$defs/SurrogateSpec"}]}
+        for settings in (custom, *(defs[model.__name__] for model in methods.values())):
+            settings["properties"] |= {"label": label, "surrogate": own}
     if kind == "train":
         properties["optim"] = refs[(Optim, "validation")]
     if "reference" in properties:

@@ -61,7 +61,7 @@ def _read(
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ConfigError("reading Parquet needs pyarrow: pip install 'expunge[hub]'") from error
+        raise ConfigError("reading Parquet needs pyarrow: pip install pyarrow") from error
 
     sources: list[Source] = []
     labels: list[int] = []

@@ -52,7 +52,9 @@ class StopBelow(Frozen):
             raise CapabilityError("the stop rule 'below_test' needs validation or test samples; give a 'target'")
         if role == "test":
             ctx.note("the stop rule used test labels of the original model; give validation samples to avoid it")
-        ctx.state[TARGET] = accuracy(*outputs(ctx, role)) - self.below_test
+        logits, labels = outputs(ctx, role)
+        stays = ~torch.isin(labels, torch.tensor(ctx.split.removed, dtype=labels.dtype))
+        ctx.state[TARGET] = accuracy(logits[stays], labels[stays]) - self.below_test
 
     def due(self, ctx: Context, end_of_epoch: bool) -> bool:
         """Whether the step just taken is to be measured."""

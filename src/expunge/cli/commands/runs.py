@@ -149,6 +149,8 @@ def train(
     say(f"weights: {result.weights}")
     if result.excluded is not None:
         say(f"excluded samples: {result.excluded}")
+    if result.statistics is not None:
+        say(f"class statistics: {result.statistics}")
 
 
 @app.command()
