@@ -218,7 +218,7 @@ def test_streamed_statistics_equal_whole_ones(size, seed):
 
 def test_blocks_are_merged(monkeypatch):
     """More rows than are held back at a time."""
-    monkeypatch.setattr("expunge.features.statistics._ROWS", 7)
+    monkeypatch.setattr("expunge.features.statistics._HELD_BYTES", 400)
     test_streamed_statistics_equal_whole_ones.hypothesis.inner_test(5, 3)
 
 

@@ -23,7 +23,7 @@ Tukey = Literal["power", "signed_power"]
 OffDiagonal = Literal["all", "nonzero"]
 
 _FORMAT = "expunge_class_statistics"
-_ROWS = 16384  # features held back before they are merged, so that every class comes in blocks
+_HELD_BYTES = 128 << 20  # features held back before they are merged, so that every class comes in blocks
 
 
 def tukey(z: Tensor, delta: float, rule: Tukey = "power", eps: float = 0.0, *, exact_slope: bool = False) -> Tensor:
@@ -168,7 +168,7 @@ class ClassStatistics:
             if rule == "power" and delta != 1 and bool((z < 0).any()):
                 raise _NegativeError("the model has negative features, whose power is undefined: use 'signed_power'")
             held.append((tukey(z, delta, rule, eps), y.cpu()))
-            if sum(len(t) for t, _ in held) >= _ROWS:
+            if sum(t.nbytes for t, _ in held) >= _HELD_BYTES:
                 merge.add(held)
                 held = []
         merge.add(held)
