@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from expunge import files
-from expunge.bench_files import FRAME as FRAME
 from expunge.bench_files import BenchResult, save
 from expunge.bench_table import Cell
 from expunge.config import BenchConfig, resolved_yaml

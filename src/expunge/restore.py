@@ -67,6 +67,19 @@ def as_found(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                 p.requires_grad_(flag)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode is put back, also when an exception passes through."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
     return {name: dict(getattr(module, name)) for name in _TABLES if hasattr(module, name)}
 

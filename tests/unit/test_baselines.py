@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from baseline_runs import CLASS, SAMPLES, accuracies, context, run
 
 from expunge.context import Context
 from expunge.data.forget_indices import published_forget_indices
@@ -24,8 +25,6 @@ from expunge.request import ForgetRequest
 from expunge.run import LOG, unlearn
 from expunge.tasks.tiny import tiny_classifier
 
-CLASS = ForgetRequest.label("ant")
-SAMPLES = ForgetRequest.samples(range(16))
 TABLES = ("duck", "scar_neg_grad", "scar_random_labels")
 
 
@@ -37,24 +36,6 @@ def trained():
 @pytest.fixture
 def task(trained):
     return copy.deepcopy(trained)
-
-
-def context(task, request=CLASS):
-    return Context(task, task.split(request))
-
-
-def accuracies(task, request=CLASS):
-    found = {}
-    for role in ("forget", "retain", "test"):
-        logits, labels = task.logits(role, task.split(request))
-        found[role] = float((logits.argmax(1) == labels).float().mean())
-    return found
-
-
-def run(task, name, request=CLASS, *, epochs=None, lr=None, optim=None, **settings):
-    given = {k: v for k, v in {"epochs": epochs, "lr": lr, "augment": False}.items() if v is not None}
-    spec = {"method": name, "batch_size": 20, "optim": {**given, **(optim or {})}, **settings}
-    return unlearn(task, request, build_recipe(spec), inplace=True)
 
 
 # -- baselines of the tables ---------------------------------------------------------------------------------------

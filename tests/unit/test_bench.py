@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from expunge.bench import FRAME, BenchResult, bench, control_recipes, save
+from expunge.bench import BenchResult, bench, control_recipes, save
+from expunge.bench_files import FRAME
 from expunge.bench_table import Cell, lines, markdown
 from expunge.cli import app
 from expunge.config import BenchConfig, Source, parse_config

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from baseline_runs import SAMPLES, accuracies, context, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expunge.context import Context
 from expunge.digest import model_digest
 from expunge.errors import NoEffectError, RequestError
 from expunge.method import build_recipe
@@ -18,9 +18,6 @@ from expunge.run import unlearn
 from expunge.schedule import Nested
 from expunge.tasks.tiny import tiny_classifier
 
-CLASS = ForgetRequest.label("ant")
-SAMPLES = ForgetRequest.samples(range(16))
-
 
 @pytest.fixture(scope="module")
 def trained():
@@ -30,24 +27,6 @@ def trained():
 @pytest.fixture
 def task(trained):
     return copy.deepcopy(trained)
-
-
-def context(task, request=CLASS):
-    return Context(task, task.split(request))
-
-
-def accuracies(task, request=CLASS):
-    found = {}
-    for role in ("forget", "retain", "test"):
-        logits, labels = task.logits(role, task.split(request))
-        found[role] = float((logits.argmax(1) == labels).float().mean())
-    return found
-
-
-def run(task, name, request=CLASS, *, epochs=None, lr=None, optim=None, **settings):
-    given = {k: v for k, v in {"epochs": epochs, "lr": lr, "augment": False}.items() if v is not None}
-    spec = {"method": name, "batch_size": 20, "optim": {**given, **(optim or {})}, **settings}
-    return unlearn(task, request, build_recipe(spec), inplace=True)
 
 
 @given(st.integers(0, 2**32), st.integers(2, 7), st.booleans())

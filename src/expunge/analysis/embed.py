@@ -14,6 +14,7 @@ from expunge.digest import model_digest
 from expunge.errors import CapabilityError, ConfigError, DivergedError
 from expunge.patch import Patch, apply, revert
 from expunge.request import ForgetRequest
+from expunge.restore import evaluating
 from expunge.tasks.base import Split
 from expunge.tasks.classifier import ClassifierTask
 
@@ -156,15 +157,9 @@ def embed_weights(
     return embed(other, split, **{"name": Path(weights).stem, **options})  # type: ignore[arg-type]
 
 
-@torch.no_grad()
 def _features(task: ClassifierTask, split: Split, role: str, ids: Tensor) -> Tensor:
-    modes = {m: m.training for m in task.model.modules()}
-    try:
-        task.model.eval()
+    with evaluating(task.model):
         found = [task.represent(task.load(role, chunk, split))[0] for chunk in torch.split(ids, task.eval_batch_size)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     stacked = torch.cat([f.detach().cpu() for f in found])
     return stacked if stacked.dtype == torch.float64 else stacked.float()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from expunge.digest import combine, named_tensors, tensor_digest
 from expunge.errors import ArtifactError, CapabilityError, DataError
 from expunge.files import atomic_save_safetensors, read_safetensors
+from expunge.restore import evaluating
 from expunge.tasks.base import Split, Task
 
 #: ``power``: ``(z + eps)^delta``. ``signed_power``: ``sign(z) |z|^delta``.
@@ -309,16 +309,3 @@ class _Moments:
             self.scatter[i].addr_(step, step, alpha=n * m / (n + m))
         self.mean[i] += step * (m / (n + m))
         self.count[i] = n + m
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; the modes of all modules are put back."""
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

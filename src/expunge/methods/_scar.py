@@ -11,10 +11,11 @@ from expunge.context import Context
 from expunge.errors import ArtifactError, CapabilityError
 from expunge.features.distance import Metric
 from expunge.features.keep import Keep
-from expunge.features.statistics import ClassStatistics, evaluating
+from expunge.features.statistics import ClassStatistics
 from expunge.methods._common import Profile
 from expunge.methods._teacher import frozen_copy
 from expunge.recipe import Optim
+from expunge.restore import evaluating
 from expunge.schedule import Schedule
 from expunge.tasks.base import Batch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from expunge.context import Context
 from expunge.method import method
 from expunge.methods._common import SALUN_CODE, SALUN_COMMIT, Profile, as_trained
+from expunge.methods._teacher import frozen_copy
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
 from expunge.recipe import Optim, Recipe
@@ -79,8 +79,7 @@ class BoundaryShrink(Objective):
     def bind(self, ctx: Context) -> LossFn:
         """Copy the original model and return the loss function."""
         task = ctx.task
-        frozen = copy.copy(task)
-        frozen.model = copy.deepcopy(task.model).eval().requires_grad_(False)
+        frozen = frozen_copy(task)
 
         def loss(batches: dict[str, Batch]) -> dict[str, Term]:
             batch = batches["forget"]

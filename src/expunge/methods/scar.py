@@ -12,7 +12,6 @@ from expunge.context import Context
 from expunge.errors import ConfigError
 from expunge.features.distance import ClassDistance, Metric
 from expunge.features.keep import Keep, balanced_weights, resample
-from expunge.features.statistics import evaluating
 from expunge.method import method
 from expunge.methods._common import Profile
 from expunge.methods._scar import (
@@ -33,6 +32,7 @@ from expunge.objectives.stopping import StopBelow, accuracy, class_accuracy, out
 from expunge.part import part
 from expunge.recipe import Optim, Recipe
 from expunge.registry import Info
+from expunge.restore import evaluating
 from expunge.schedule import FORWARD_ONLY, Nested, Schedule
 from expunge.spaces.layers import AllWeights
 from expunge.tasks.base import Batch

@@ -16,6 +16,7 @@ from expunge.errors import CapabilityError, RequestError
 from expunge.models.head import check_head, find_head
 from expunge.registry import Info, registry
 from expunge.request import ForgetRequest, Label, class_numbers
+from expunge.restore import evaluating
 from expunge.tasks.base import TRAIN_ROLES, Batch, Split, Task
 
 
@@ -165,24 +166,18 @@ class ClassifierTask(Task):
         sets: Mapping[str, Any] = {name: images.digest for name, images in self._sets.items()}
         return json_digest({"sets": dict(sets), "normalize": repr(self.normalize)})
 
-    @torch.no_grad()
     def logits(self, role: str, split: Split, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Evaluate one role without augmentation, in eval mode; the model's modes are put back.
 
         Returns:
             Logits ``[N, C]`` and labels ``[N]``, on the CPU, in stored order.
         """
-        modes = {m: m.training for m in self.model.modules()}
-        try:
-            self.model.eval()
+        out = []
+        with evaluating(self.model):
             ids = split[role][:limit]
-            out = []
             for chunk in torch.split(ids, self.eval_batch_size):
                 batch = self.load(role, chunk, split)
                 out.append((self.predict(batch).float().cpu(), batch.targets.cpu()))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         return torch.cat([logits for logits, _ in out]), torch.cat([labels for _, labels in out])
 
     def _dtype(self) -> torch.dtype:

@@ -6,23 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from expunge.restore import evaluating
+
 Observe = Callable[[str, nn.Module, Tensor], None]
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode is put back, also when an exception passes through."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -104,7 +92,7 @@ def run(
         observe(name, module, x)
         counter.called()
 
-    with evaluation(model), observed(layers, observe_and_count):
+    with evaluating(model), observed(layers, observe_and_count):
         for batch in batches:
             counter.begin()
             with suppress(_Enough):
