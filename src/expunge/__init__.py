@@ -20,6 +20,8 @@ __version__ = "0.1.0"
 #: Public names and where they live; loaded on first use so that the import stays light.
 _PUBLIC = {
     "ClassifierTask": "expunge.tasks.classifier",
+    "ClipSpec": "expunge.models.clip",
+    "ClipTask": "expunge.tasks.clip",
     "DataSpec": "expunge.data",
     "ForgetRequest": "expunge.request",
     "Manifest": "expunge.patch",
@@ -34,6 +36,7 @@ _PUBLIC = {
     "build_recipe": "expunge.method",
     "evaluate": "expunge.evaluation",
     "fit": "expunge.train",
+    "load_clip": "expunge.models.clip",
     "load_data": "expunge.data",
     "revert": "expunge.patch",
     "stack": "expunge.patch",
@@ -42,6 +45,8 @@ _PUBLIC = {
 
 __all__ = [
     "ClassifierTask",
+    "ClipSpec",
+    "ClipTask",
     "DataSpec",
     "ForgetRequest",
     "Manifest",
@@ -57,6 +62,7 @@ __all__ = [
     "build_recipe",
     "evaluate",
     "fit",
+    "load_clip",
     "load_data",
     "revert",
     "stack",
@@ -68,6 +74,7 @@ if TYPE_CHECKING:
     from expunge.evaluation import evaluate
     from expunge.method import build_recipe
     from expunge.models import ModelSpec, build_model
+    from expunge.models.clip import ClipSpec, load_clip
     from expunge.models.normalize import Normalize
     from expunge.patch import Manifest, Patch, revert, stack
     from expunge.patch.apply import apply
@@ -76,6 +83,7 @@ if TYPE_CHECKING:
     from expunge.request import ForgetRequest
     from expunge.run import unlearn
     from expunge.tasks.classifier import ClassifierTask
+    from expunge.tasks.clip import ClipTask
     from expunge.train import fit
 
 

@@ -17,11 +17,12 @@ from expunge.bench_table import Cell
 from expunge.config import BenchConfig, resolved_yaml
 from expunge.config.experiments import Experiments, check_index_file
 from expunge.config.models import Experiment
+from expunge.controls import control_recipes
 from expunge.data.spec import SurrogateSpec
 from expunge.data.surrogate import load_surrogate
 from expunge.digest import json_digest, model_digest
 from expunge.errors import ExpungeError
-from expunge.evaluation import control_recipes, measure
+from expunge.evaluation import measure
 from expunge.experiment import make_task, reference_of
 from expunge.metrics.aus import aus_estimate
 from expunge.metrics.divergence import gap_estimate
@@ -30,9 +31,9 @@ from expunge.metrics.probe import probed
 from expunge.patch import Patch
 from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
-from expunge.request import ForgetRequest, Label
+from expunge.request import ForgetRequest
 from expunge.run import CHECKPOINT, PATCH, unlearn
-from expunge.tasks.classifier import ClassifierTask
+from expunge.tasks.images import ImageTask
 
 log = logging.getLogger("expunge")
 CELL = "cell.json"
@@ -126,7 +127,7 @@ def _run(
             folder.mkdir(parents=True, exist_ok=True)
             files.atomic_write(folder / "config.yaml", resolved)
         base = model_digest(task.model)
-        tasks: dict[SurrogateSpec | None, ClassifierTask] = {None: task}
+        tasks: dict[SurrogateSpec | None, ImageTask] = {None: task}
         for own in {j.surrogate for _, j in group.items} - {None}:  # a set that cannot be read ends it before any run
             assert own is not None
             tasks[own] = task.with_surrogate(load_surrogate(own, task.data.train.shape).images)
@@ -171,7 +172,7 @@ def plan(config: BenchConfig) -> list[_Job]:
 
 def _cell(
     config: Experiment,
-    task: ClassifierTask,
+    task: ImageTask,
     base: str,
     request: ForgetRequest,
     job: _Job,
@@ -199,12 +200,10 @@ def _cell(
     blank = Cell(job.label, job.role, request.title, job.seed, f"cells/{name}")
     try:
         patch, seconds = _patch(config, task, request, job, where, progress)
-        class_wise = isinstance(request.what, Label)
         measured = measure(
             task,
             task.split(request),
             patch,
-            class_wise=class_wise,
             attacks=config.attacks,
             seconds=seconds,
             seed=job.seed,
@@ -222,7 +221,7 @@ def _cell(
 
 
 def _patch(
-    config: Experiment, task: ClassifierTask, request: ForgetRequest, job: _Job, where: Path, progress: bool
+    config: Experiment, task: ImageTask, request: ForgetRequest, job: _Job, where: Path, progress: bool
 ) -> tuple[Patch | None, float | None]:
     if job.role == "before":
         return None, None

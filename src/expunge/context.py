@@ -30,6 +30,8 @@ class Context:
         augment: Whether training batches are augmented, or the roles whose batches are.
         state: Tensors that belong to the run's state; they are checkpointed and restored by name.
         notes: Remarks for the manifest.
+        progress: Whether long work shows progress bars.
+        findings: What the method found out, as plain data, for the manifest and the report.
     """
 
     task: Task
@@ -45,6 +47,8 @@ class Context:
     state: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    progress: bool = False
+    findings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import platform
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from expunge import guards
+from expunge.controls import Candidate as Candidate
+from expunge.controls import controls as controls
 from expunge.digest import named_tensors
-from expunge.errors import CapabilityError, ExpungeError
+from expunge.errors import CapabilityError
 from expunge.metrics.accuracy import GAP_KEYS as GAP_KEYS
 from expunge.metrics.accuracy import per_class_accuracy
 from expunge.metrics.aus import aus_estimate
@@ -25,98 +26,27 @@ from expunge.metrics.probe import Probe, probed
 from expunge.objectives.stopping import ACCURACY, TARGET
 from expunge.patch import Patch, applied, apply, revert
 from expunge.patch.patch import current_versions
-from expunge.recipe import Recipe
-from expunge.report.model import Histogram, Report, Role, Row
-from expunge.request import ForgetRequest, Label
-from expunge.run import unlearn
-from expunge.spaces.saliency import SaliencyMask
+from expunge.report.model import Histogram, Report, Row
+from expunge.request import ForgetRequest
 from expunge.tasks.base import Split, Task
 from expunge.tasks.classifier import ClassifierTask
+from expunge.tasks.images import ImageTask, Observed
 
-CONTROL_NOTES = {
-    "lr = 0": "the same loop without taking a step",
-    "random mask": "the same run with a random mask of the same size",
-}
 #: Columns of the log that are no loss terms.
 BOOKKEEPING = frozenset({"epoch", "end_of_epoch", "lr", "grad_norm", "skipped", ACCURACY, TARGET})
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One model to measure, as a patch on the base.
-
-    Args:
-        name: Shown name.
-        patch: ``None`` is the base itself.
-        role: ``after``, ``control``, ``baseline`` or ``reference``.
-        seconds: Wall-clock time of the run, if known.
-        note: What the reader has to know.
-        history: Step rows of the run.
-    """
-
-    name: str
-    patch: Patch | None
-    role: Role = "after"
-    seconds: float | None = None
-    note: str = ""
-    history: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
-
-
-def control_recipes(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """``lr = 0`` for loops, and a random mask of the same size for masked recipes.
-
-    With frozen normalisation nothing accumulates at rate 0, so one epoch tells the same as all.
-    """
-    found = []
-    if recipe.objective is not None:
-        short = {"epochs": 1} if recipe.optim.norm == "frozen" else {}
-        found.append(("lr = 0", recipe.replace(optim={"lr": 0.0, **short})))
-    if isinstance(recipe.space, SaliencyMask) and recipe.space.select == "top" and recipe.space.keep < 1:
-        space = SaliencyMask(**{**recipe.space.model_dump(), "select": "random", "file": None})
-        found.append(("random mask", recipe.replace(space=space)))
-    return found
-
-
-def controls(
-    task: Task, request: ForgetRequest, recipe: Recipe, *, seed: int = 0, progress: bool = False
-) -> list[Candidate]:
-    """Run the controls that apply to a recipe.
-
-    See :func:`control_recipes`; ``lr = 0`` shows what the loop does by itself (normalisation statistics).
-    A control that fails is reported as such, never left out silently.
-    """
-    found = []
-    for name, control in control_recipes(recipe):
-        note = CONTROL_NOTES[name]
-        if name == "random mask" and isinstance(control.space, SaliencyMask):
-            note += f" ({100 * control.space.keep:g} % of the weights)"
-        variant = control.replace(name=f"{recipe.name}, {name}")
-        start = time.perf_counter()
-        try:
-            patch = unlearn(task, request, variant, seed=seed, allow_no_effect=True, progress=progress)
-        except ExpungeError as error:
-            found.append(Candidate(name, None, "control", note=f"not run: {error}"))
-            continue
-        found.append(Candidate(name, patch, "control", time.perf_counter() - start, note))
-    return found
-
-
-def outputs_of(task: ClassifierTask, split: Split) -> dict[str, ClassifierOutputs]:
-    """Logits of every role that an evaluation reads."""
-    found: dict[str, ClassifierOutputs] = {}
-    for role in ("forget", "retain", "test", "val", "forget_test"):
-        if role in split.roles():
-            logits, labels = task.logits(role, split)
-            found[role] = ClassifierOutputs(logits=logits, labels=labels, ids=split[role])
-    return found
-
-
-@dataclass(frozen=True)
 class Measured:
-    """Outputs and figures of one model."""
+    """What one model says about the data, and its figures."""
 
-    outputs: dict[str, ClassifierOutputs]
+    seen: Observed
     metrics: dict[str, Estimate]
+
+    @property
+    def outputs(self) -> dict[str, ClassifierOutputs]:
+        """Classifier outputs by role."""
+        return self.seen.outputs
 
 
 def measure(
@@ -124,7 +54,6 @@ def measure(
     split: Split,
     patch: Patch | None,
     *,
-    class_wise: bool,
     attacks: tuple[str, ...] = ("mia", "mia_threshold"),
     seconds: float | None = None,
     seed: int = 0,
@@ -134,7 +63,7 @@ def measure(
     Raises:
         CapabilityError: The task's family has no metrics here.
     """
-    if not isinstance(task, ClassifierTask):
+    if not isinstance(task, ImageTask):
         raise CapabilityError(f"no evaluation is defined for the {task.name} task")
     base = dict(named_tensors(task.model)[0])
     metrics: dict[str, Estimate] = {}
@@ -146,14 +75,15 @@ def measure(
         metrics["patch_bytes"] = Estimate(patch.nbytes, unit="bytes", method="stored tensors")
         apply(task.model, patch)
     try:
-        outputs = outputs_of(task, split)
+        seen = task.observe(split)
     finally:
         if patch is not None:
             revert(task.model, patch)
-    found = measure_classifier(outputs, class_wise=class_wise, attacks=attacks, seed=seed)
+    found = measure_classifier(seen.outputs, class_wise=bool(split.removed), attacks=attacks, seed=seed)
+    found |= task.further_metrics(split, seen)
     if seconds is not None:
         found["run_time"] = run_time(seconds)
-    return Measured(outputs, {**found, **metrics})
+    return Measured(seen, {**found, **metrics})
 
 
 def evaluate(
@@ -196,12 +126,12 @@ def evaluate(
     if applied(task.model):
         raise CapabilityError("evaluate needs the base model: take the applied patches off with expunge.revert first")
     split = task.split(request)
-    class_wise = isinstance(request.what, Label)
+    class_wise = bool(split.removed)
     subject = next((c for c in candidates if c.role == "after"), None)
     reference = next((c for c in candidates if c.role == "reference"), None)
 
     def run(c: Candidate) -> Measured:
-        return measure(task, split, c.patch, class_wise=class_wise, attacks=attacks, seconds=c.seconds, seed=seed)
+        return measure(task, split, c.patch, attacks=attacks, seconds=c.seconds, seed=seed)
 
     before = run(Candidate("untouched", None))
     results: dict[str, Measured] = {}
@@ -231,7 +161,7 @@ def evaluate(
         base={"name": model_name or type(task.model).__name__, **_base_facts(task, candidates)},
         rows=rows,
         class_accuracy=_class_accuracy(task, split, {"before": before, "after": after, "reference": oracle}),
-        forgotten_classes=_forgotten(task, request),
+        forgotten_classes=_forgotten(task, split),
         confidence=_confidence(before, after),
         history=[_loss_terms(r) for r in subject.history] if subject is not None else [],
         not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"]), rows), *not_shown],
@@ -256,6 +186,14 @@ def evaluate(
             class_wise=class_wise,
         )
         report.flags = [*found, *_control_flags(before, subject, candidates, results)]
+    assert isinstance(task, ImageTask)
+    task.describe(
+        report,
+        split,
+        before.seen,
+        after.seen if after is not None else None,
+        subject.patch if subject is not None else None,
+    )
     if embeddings and isinstance(task, ClassifierTask):
         from expunge.analysis import analysis_section
 
@@ -269,8 +207,8 @@ def _loss_terms(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _request_facts(task: Task, request: ForgetRequest, split: Split) -> dict[str, Any]:
-    kind = "class" if isinstance(request.what, Label) else "random" if request.what.kind == "fraction" else "samples"
-    named = _forgotten(task, request)
+    kind = "class" if split.removed else "random" if request.what.kind == "fraction" else "samples"
+    named = _forgotten(task, split)
     return {
         "summary": f"Make the model forget {request.title}" + (f" ({', '.join(named)})" if named else "") + ".",
         "noun": "images",
@@ -281,12 +219,8 @@ def _request_facts(task: Task, request: ForgetRequest, split: Split) -> dict[str
     }
 
 
-def _forgotten(task: Task, request: ForgetRequest) -> list[str]:
-    if not isinstance(request.what, Label) or not isinstance(task, ClassifierTask):
-        return []
-    from expunge.request import class_numbers
-
-    return [task.classes[c] for c in class_numbers(request.what.classes, task.classes)]
+def _forgotten(task: Task, split: Split) -> list[str]:
+    return [task.classes[c] for c in split.removed] if isinstance(task, ImageTask) else []
 
 
 def _base_facts(task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -297,7 +231,7 @@ def _base_facts(task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _class_accuracy(task: Task, split: Split, models: Mapping[str, Measured | None]) -> dict[str, dict[str, Estimate]]:
-    names = task.classes if isinstance(task, ClassifierTask) else []
+    names = task.classes if isinstance(task, ImageTask) else []
     found = {}
     for which, measured in models.items():
         if measured is None:

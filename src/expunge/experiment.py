@@ -12,24 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from expunge import files
-from expunge.config import RunConfig, TaskConfig, TrainConfig, resolved_yaml
+from expunge.config import RunConfig, TrainConfig, resolved_yaml
 from expunge.config.experiments import check_index_file
-from expunge.config.models import Experiment
-from expunge.data import load_data
-from expunge.data.surrogate import load_surrogate
+from expunge.config.models import AnyTaskConfig, Experiment
 from expunge.digest import combine, named_tensors, state_digests
 from expunge.errors import ConfigError
 from expunge.evaluation import Candidate, controls, evaluate
 from expunge.features.statistics import ClassStatistics
-from expunge.models import Normalize, build_model
 from expunge.models.weights import save_weights
 from expunge.patch import Manifest, Patch, Replace
 from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
 from expunge.report import model as reporting
+from expunge.report.contrastive_plots import save_figures
 from expunge.request import ForgetRequest
 from expunge.run import CHECKPOINT, LOG, PATCH, unlearn
-from expunge.tasks.classifier import ClassifierTask
+from expunge.tasks.build import make_task as make_task
+from expunge.tasks.images import ImageTask
 from expunge.track import read_log
 from expunge.train import fit, validation_rows
 
@@ -52,30 +51,7 @@ class Result:
     resumed: bool
 
 
-def make_task(config: TaskConfig) -> ClassifierTask:
-    """Build the model and load the data that a configuration names.
-
-    Raises:
-        ConfigError: Settings that do not fit together.
-        DataError: Data missing or broken.
-        ArtifactError: Weights missing, broken or of another model.
-    """
-    data = load_data(config.data)
-    shape, classes = data.train.shape, len(data.classes)
-    if tuple(config.model.input_shape) != tuple(shape):
-        given = list(config.model.input_shape)
-        raise ConfigError(f"task.model.input_shape is {given} but '{config.data.name}' has images {list(shape)}")
-    if config.model.n_classes != classes:
-        raise ConfigError(f"task.model.n_classes is {config.model.n_classes} but '{config.data.name}' has {classes}")
-    norm = config.normalize
-    normalize = (
-        None if norm is None else Normalize.named(norm) if isinstance(norm, str) else Normalize(norm.mean, norm.std)
-    )
-    surrogate = load_surrogate(config.surrogate, shape).images if config.surrogate is not None else None
-    return ClassifierTask(build_model(config.model), data, normalize, surrogate, config.eval_batch_size, config.head)
-
-
-def run(config: RunConfig, *, task: ClassifierTask | None = None, progress: bool = False) -> Result:
+def run(config: RunConfig, *, task: ImageTask | None = None, progress: bool = False) -> Result:
     """Unlearn, run the controls, evaluate, and write the run folder.
 
     The folder holds ``patch.safetensors``, ``report.html``, ``report.json``, ``log.jsonl``, ``run.json`` and
@@ -128,7 +104,7 @@ def run(config: RunConfig, *, task: ClassifierTask | None = None, progress: bool
 
 def _evaluated(
     config: RunConfig,
-    task: ClassifierTask,
+    task: ImageTask,
     candidates: Sequence[Candidate],
     title: str,
     not_shown: Sequence[str],
@@ -156,12 +132,14 @@ def _evaluated(
 
 
 def save_report(report: reporting.Report, folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``."""
+    """Write ``report.json`` and ``report.html``, and the figures of a two-tower model as files."""
     report.save_html(folder / REPORT_HTML)
+    if report.contrastive is not None:
+        save_figures(report.contrastive, folder / "figures")
     report.save_json(folder / REPORT_JSON)  # last: its presence says that the run is complete
 
 
-def undo_commands(task: TaskConfig) -> list[str]:
+def undo_commands(task: AnyTaskConfig) -> list[str]:
     """The commands that apply the patch to the weights file and take it off again."""
     weights = Path(task.model.weights).name if task.model.weights else BASE
     return [
@@ -171,7 +149,7 @@ def undo_commands(task: TaskConfig) -> list[str]:
 
 
 def _known_report(
-    folder: Path, patch: Patch, task: ClassifierTask, request: ForgetRequest, config: str
+    folder: Path, patch: Patch, task: ImageTask, request: ForgetRequest, config: str
 ) -> reporting.Report | None:
     """The report of an earlier evaluation, if everything that it depends on is the same."""
     if not (folder / REPORT_JSON).exists() or not (folder / REPORT_HTML).exists():
@@ -193,7 +171,7 @@ def _seconds(folder: Path, patch: Patch) -> float | None:
 
 def reference_of(
     config: Experiment,
-    task: ClassifierTask,
+    task: ImageTask,
     request: ForgetRequest,
     seed: int,
     folder: Path,
@@ -236,7 +214,7 @@ def reference_of(
 
 
 def trained_reference(
-    task: ClassifierTask, request: ForgetRequest, recipe: Recipe, seed: int, folder: Path, *, progress: bool = False
+    task: ImageTask, request: ForgetRequest, recipe: Recipe, seed: int, folder: Path, *, progress: bool = False
 ) -> Candidate:
     """Retrain from scratch without the samples; resumes and is not repeated."""
     fresh = not (folder / PATCH).exists() and not (folder / CHECKPOINT).exists()
@@ -249,7 +227,7 @@ def trained_reference(
     return Candidate("retrained", patch, "reference", _seconds(folder, patch), note)
 
 
-def patch_to(task: ClassifierTask, weights: Path, request: ForgetRequest) -> Patch:
+def patch_to(task: ImageTask, weights: Path, request: ForgetRequest) -> Patch:
     """The difference from the task's model to a weights file of the same architecture, as a patch."""
     from copy import deepcopy
 
@@ -376,14 +354,14 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
     return Trained(target, excluded, accuracy, statistics if config.statistics else None)
 
 
-def _portable(task: TaskConfig) -> dict[str, Any]:
+def _portable(task: AnyTaskConfig) -> dict[str, Any]:
     """Data and model as given, without the start weights: enough to use the trained weights again."""
     data = task.model_dump(mode="json", exclude_unset=True)
     data["model"] = {k: v for k, v in data["model"].items() if k not in ("weights", "pretrained", "allow_nonfinite")}
     return data
 
 
-def accuracies(task: ClassifierTask, roles: Sequence[str], split: Any) -> dict[str, float]:
+def accuracies(task: ImageTask, roles: Sequence[str], split: Any) -> dict[str, float]:
     """Accuracy in percent per role that has samples."""
     found = {}
     for role in roles:

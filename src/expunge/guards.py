@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expunge.context import Context
 from expunge.digest import tensor_digest
-from expunge.errors import CapabilityError, DivergedError, InvariantError, NoEffectError, RequestError
+from expunge.errors import CapabilityError, ConfigError, DivergedError, InvariantError, NoEffectError, RequestError
 from expunge.patch.changes import Change, Replace, accumulate_dtype
 from expunge.recipe import Recipe
 from expunge.registry import registry
@@ -32,6 +32,22 @@ def check_capabilities(task: Task, split: Split, recipe: Recipe) -> None:
         raise CapabilityError(
             f"{recipe.name} needs {', '.join(missing)}; this {task.name} task offers {', '.join(sorted(offered))}. "
             f"Parts that would work: {', '.join(working)}"
+        )
+
+
+def check_coupled(task: Task, recipe: Recipe, processes: int) -> None:
+    """A loss that compares the samples of a batch is not computed piecewise.
+
+    Raises:
+        ConfigError: Micro-batches or several processes would change it.
+    """
+    if not task.couples_samples or recipe.edit is not None:
+        return
+    if recipe.optim.micro_batch is not None or processes > 1:
+        what = "'optim.micro_batch'" if recipe.optim.micro_batch is not None else f"{processes} processes"
+        raise ConfigError(
+            f"the loss of the {task.name} task compares the samples of a batch, so {what} would change it; use one "
+            "process and choose 'batch_size' instead"
         )
 
 

@@ -195,6 +195,11 @@ class Loop:
         largest = max(len(ids) for ids in step.values())
         micro = min(self.at.micro_batch or largest, largest)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ctx.task.couples_samples:
+            raise ResourceError(
+                f"out of memory at step {self.at.step}, and the loss of the {self.ctx.task.name} task compares the "
+                f"samples of a batch, so that a batch cannot be cut; choose a smaller batch_size ({error})"
+            ) from None
         if micro <= 1:
             raise ResourceError(
                 f"out of memory at step {self.at.step} with one sample at a time; use a smaller model, a lower "

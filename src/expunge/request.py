@@ -91,6 +91,11 @@ class ForgetRequest(Frozen):
         return ForgetRequest(what=Fraction(fraction=fraction, stratified=stratified, seed=seed))
 
     @staticmethod
+    def concept(text: str) -> ForgetRequest:
+        """Forget a concept named in words."""
+        return ForgetRequest(what=Concept(text=text))
+
+    @staticmethod
     def from_file(path: str | Path) -> ForgetRequest:
         """Read an index file: a JSON list of integers, or an object with ``forget`` (and ``retain``) lists.
 

@@ -116,6 +116,7 @@ def execute(
 ) -> Patch:
     """Carry out a recipe on index sets that are already resolved; :func:`unlearn` is the front door."""
     guards.check_capabilities(task, split, recipe)
+    guards.check_coupled(task, recipe, int(os.environ.get("WORLD_SIZE", "1")))
     tensors, aliases = named_tensors(task.model)
     guards.check_finite_model(tensors)
     digests = state_digests(tensors)
@@ -127,7 +128,7 @@ def execute(
             if not len(patch) and not allow_no_effect:
                 raise NoEffectError(f"{folder} holds a finished run that changed nothing")
         else:
-            ctx = Context(task, split, seed, augment=recipe.optim.augment)
+            ctx = Context(task, split, seed, augment=recipe.optim.augment, progress=progress)
             ctx.notes.extend(split.notes)
             saving = Saving(folder / CHECKPOINT if folder else None, checkpoint_every, json_digest(identity))
             with as_found(task.model) as base, _tracker(folder, trackers, identity, progress) as tracker:
@@ -255,6 +256,7 @@ def _patch(
         seed=ctx.seed,
         versions=current_versions(),
         notes=tuple(ctx.notes),
+        findings=ctx.findings,
     )
     return Patch(changes, manifest)
 

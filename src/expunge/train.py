@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from expunge.data import DataSpec, load_data
+from expunge.data.captions import CaptionedImages
 from expunge.data.splitting import stratified
 from expunge.errors import DataError
 from expunge.objectives.cross_entropy import FineTune
@@ -20,7 +21,7 @@ from expunge.run import execute
 from expunge.schedule import Single
 from expunge.spaces.layers import AllWeights
 from expunge.tasks.base import Split, Task
-from expunge.tasks.classifier import ClassifierTask
+from expunge.tasks.images import ImageTask
 from expunge.track import TrackerName
 
 #: SalUn's protocol for CIFAR: SGD, 182 epochs, rate 0.1 divided by ten at epochs 91 and 136.
@@ -90,7 +91,7 @@ def fit(
     return split
 
 
-def validation_rows(spec: DataSpec, task: ClassifierTask) -> list[int]:
+def validation_rows(spec: DataSpec, task: ImageTask) -> list[int]:
     """Row numbers of the validation images in the data set as it was before they were taken out.
 
     Args:
@@ -104,6 +105,8 @@ def validation_rows(spec: DataSpec, task: ClassifierTask) -> list[int]:
         return []
     whole = load_data(spec.model_copy(update={"val_fraction": 0.0})).train
     rows = stratified(whole.labels, spec.val_fraction, spec.seed, "validation split")[1]
-    if not torch.equal(whole.labels[rows], task.data.val.labels):
+    val = task.data.val
+    labels = val.axes[next(iter(whole.axes))].labels if isinstance(whole, CaptionedImages) else val.labels  # type: ignore[attr-defined]
+    if not torch.equal(whole.labels[rows], labels):
         raise DataError(f"data '{spec.name}' changed while they were read: the validation rows differ")
     return rows.tolist()

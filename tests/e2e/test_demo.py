@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from expunge.demo import DemoResult, run_demo
+from expunge.demo import digits
+from expunge.demo.common import fresh_folder
+from expunge.demo.digits import DemoResult, run_demo
 from expunge.errors import ConfigError
 
 
@@ -38,14 +40,13 @@ def test_undo_is_exact_and_said(tour: tuple[DemoResult, list[Any]]) -> None:
 
 
 def test_every_method_of_the_whole_tour_has_valid_settings() -> None:
-    from expunge import demo
     from expunge.config import RunConfig, parse_config
 
-    assert "scar" in demo.SETTINGS["class"]
-    for kind, methods in demo.SETTINGS.items():
+    assert "scar" in digits.SETTINGS["class"]
+    for kind, methods in digits.SETTINGS.items():
         assert next(iter(methods)) == "salun"
         for item in methods.items():
-            assert parse_config(RunConfig, demo._source(kind, demo.TASK, item)).build_recipe().name == item[0]
+            assert parse_config(RunConfig, digits._source(kind, digits.TASK, item)).build_recipe().name == item[0]
 
 
 def test_the_training_leaves_what_scar_needs(tour: tuple[DemoResult, list[Any]]) -> None:
@@ -56,11 +57,9 @@ def test_the_training_leaves_what_scar_needs(tour: tuple[DemoResult, list[Any]])
 
 
 def test_the_tour_can_be_repeated_but_not_over_other_things(tour: tuple[DemoResult, list[Any]], tmp_path: Path) -> None:
-    from expunge import demo
-
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         run_demo(tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "mine"
-    demo._fresh(tour[0].folder)  # made by a tour: replaced
+    fresh_folder(tour[0].folder)  # made by a tour: replaced
     assert [p.name for p in tour[0].folder.iterdir()] == ["demo.txt"]

@@ -17,6 +17,7 @@ from expunge.request import ForgetRequest
 from expunge.restore import evaluating
 from expunge.tasks.base import Split
 from expunge.tasks.classifier import ClassifierTask
+from expunge.tasks.images import ImageTask
 
 ROLES = ("train", "test")
 
@@ -56,7 +57,7 @@ def choose_ids(
 
 
 def embed(
-    task: ClassifierTask,
+    task: ImageTask,
     split: Split | None = None,
     patch: Patch | None = None,
     *,
@@ -135,9 +136,7 @@ def embed(
     )
 
 
-def embed_weights(
-    task: ClassifierTask, weights: str | Path, split: Split | None = None, **options: object
-) -> Embedding:
+def embed_weights(task: ImageTask, weights: str | Path, split: Split | None = None, **options: object) -> Embedding:
     """:func:`embed` for a weights file of the task's architecture; the task's own model is not touched.
 
     Args:

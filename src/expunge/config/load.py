@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -23,6 +23,10 @@ T = TypeVar("T", bound=Frozen)
 _PATHS: tuple[tuple[str, ...], ...] = (
     ("task", "model", "weights"),
     ("task", "data", "path"),
+    ("task", "data", "test_path"),
+    ("task", "data", "identities"),
+    ("task", "data", "names"),
+    ("task", "model", "name"),
     ("task", "surrogate", "path"),
     ("task", "surrogate", "index_file"),
     ("request", "index_file"),
@@ -88,7 +92,7 @@ def resolved_yaml(config: Frozen) -> str:
         kept = {k: v for k, v in data["reference"].items() if v is not None and k != "settings"}
         data["reference"] = {**kept, **config.reference.settings}
     for key in ("data", "surrogate"):
-        spec = getattr(config.task, key) if hasattr(config, "task") else None
+        spec = getattr(config.task, key, None) if hasattr(config, "task") else None
         if spec is not None and "channels" not in spec.model_fields_set:
             del data["task"][key][
                 "channels"
@@ -108,11 +112,16 @@ def _names(model: type[BaseModel]) -> dict[str, Any]:
 
 def _inner(annotation: Any, value: Any = None) -> type[BaseModel] | None:
     """The settings model that a mapping under this annotation is read as; among several, the one of its ``kind``."""
+    if get_origin(annotation) is Annotated:
+        return _inner(get_args(annotation)[0], value)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, tuple):
         found = [m for m in (_inner(a, value) for a in get_args(annotation)) if m is not None]
         if len(found) > 1 and isinstance(value, dict):
+            if "family" in found[0].model_fields:
+                families = {f: m for m in found for f in get_args(m.model_fields["family"].annotation)}
+                return families.get(value.get("family", "classifier"))
             kinds = {m.model_fields["kind"].default: m for m in found if "kind" in m.model_fields}
             return kinds.get(value.get("kind"))
         return found[0] if found else None

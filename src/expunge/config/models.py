@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from expunge.data.captioned_sets import ZeroShotSet
 from expunge.data.spec import DataSpec, SurrogateSpec
 from expunge.digest import json_digest
 from expunge.errors import ConfigError, did_you_mean
@@ -16,6 +17,7 @@ from expunge.metrics.lira import Lira
 from expunge.metrics.probe import Probe
 from expunge.metrics.relearn import Relearn
 from expunge.models.build import ModelSpec
+from expunge.models.clip import ClipSpec
 from expunge.models.normalize import Normalize
 from expunge.part import Frozen
 from expunge.recipe import Optim, Recipe
@@ -61,14 +63,49 @@ class TaskConfig(Frozen):
         return value
 
 
+class ClipTaskConfig(Frozen):
+    """A two-tower model with captioned images.
+
+    Args:
+        family: ``clip``.
+        model: The model: the bundled ``canvas``, a local folder, a hub id or an open_clip name.
+        data: Captioned training and test images: ``canvas``, ``captions`` ...
+        axis: The label axis whose classes may be forgotten, such as ``object`` or ``style``; the main one by default.
+        templates: Prompts with ``{}`` instead of the axis' own.
+        forget_loss: ``cosine`` (1 - cos with the own caption), or ``contrastive`` as for all other images.
+        others: Further image sets that the model is tested on, by name, with classes of their own: ImageNet, CelebA,
+            any class folders.
+        eval_batch_size: Batch size of evaluation passes.
+    """
+
+    family: Literal["clip"]
+    model: ClipSpec = ClipSpec()
+    data: DataSpec
+    axis: str | None = None
+    templates: tuple[str, ...] | None = None
+    forget_loss: Literal["cosine", "contrastive"] = "cosine"
+    others: dict[str, ZeroShotSet] = Field(default_factory=dict)
+    eval_batch_size: int = Field(default=256, ge=1)
+
+
+def _family(value: Any) -> str:
+    return str(value.get("family", "classifier") if isinstance(value, dict) else getattr(value, "family", ""))
+
+
+AnyTaskConfig = Annotated[
+    Annotated[TaskConfig, Tag("classifier")] | Annotated[ClipTaskConfig, Tag("clip")], Discriminator(_family)
+]
+
+
 class RequestConfig(Frozen):
-    """What to forget; exactly one of the first five keys.
+    """What to forget; exactly one of the first six keys.
 
     Args:
         class_: One class, by number or name; written ``class``.
         classes: Several classes.
         fraction: Share of the training set, drawn at random.
         samples: Indices in the training set.
+        concept: A concept in words, for models that take text: a class, or what captions name.
         index_file: JSON file with a list of indices, or an object with ``forget`` (and ``retain``).
         stratified: With ``fraction``: the same share of every class.
         seed: With ``fraction``: seed of the draw.
@@ -81,6 +118,7 @@ class RequestConfig(Frozen):
     classes: tuple[int | str, ...] | None = None
     fraction: float | None = None
     samples: tuple[int, ...] | None = None
+    concept: str | None = None
     index_file: str | None = None
     stratified: bool = True
     seed: int = 0
@@ -89,7 +127,7 @@ class RequestConfig(Frozen):
     @model_validator(mode="after")
     def _one(self) -> RequestConfig:
         keys = {"class": self.class_, "classes": self.classes, "fraction": self.fraction}
-        keys |= {"samples": self.samples, "index_file": self.index_file}
+        keys |= {"samples": self.samples, "concept": self.concept, "index_file": self.index_file}
         given = [k for k, v in keys.items() if v is not None]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(keys)}; given: {', '.join(given) or 'none'}")
@@ -110,6 +148,8 @@ class RequestConfig(Frozen):
             request = ForgetRequest.samples(self.samples)
         elif self.fraction is not None:
             request = ForgetRequest.fraction(self.fraction, stratified=self.stratified, seed=self.seed)
+        elif self.concept is not None:
+            request = ForgetRequest.concept(self.concept)
         else:
             one = () if self.class_ is None else (self.class_,)
             request = ForgetRequest.label(*(self.classes if self.classes is not None else one))
@@ -168,7 +208,7 @@ class Experiment(Frozen):
     """What runs and benchmarks share."""
 
     name: str = Field(min_length=1, max_length=120)
-    task: TaskConfig
+    task: AnyTaskConfig
     controls: bool = True
     reference: Reference | None = None
     attacks: tuple[Attack, ...] = ("mia", "mia_threshold")
@@ -320,7 +360,7 @@ class TrainConfig(Frozen):
     """
 
     name: str = Field(min_length=1, max_length=120)
-    task: TaskConfig
+    task: AnyTaskConfig
     optim: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=256, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from expunge import files
 from expunge.data.augment import AUGMENT, Augment
 from expunge.data.base import ImageSet, Splits
+from expunge.data.captions import CaptionedImages
 from expunge.data.encoded import EncodedImages
 from expunge.data.spec import DataSpec
 from expunge.data.splitting import balanced_prefix, stratified
@@ -49,11 +50,13 @@ def read_parts(spec: DataSpec) -> tuple[ImageSet, ImageSet, str]:
 
 
 def _check(spec: DataSpec) -> None:
-    if spec.name in ("folder", "parquet", "hub") and not spec.path:
+    if spec.name in ("folder", "parquet", "hub", "captions") and not spec.path:
         raise ConfigError(f"data '{spec.name}' needs 'path'")
     if spec.name == "digits" and spec.path:
         raise ConfigError("data 'digits' comes with scikit-learn and takes no 'path'")
-    stored = spec.name in ("digits", "cifar100", "svhn") or (spec.name == "cifar10" and not spec.path)
+    if spec.name == "canvas" and spec.path:
+        raise ConfigError("data 'canvas' is drawn and takes no 'path'")
+    stored = spec.name in ("digits", "canvas", "cifar100", "svhn") or (spec.name == "cifar10" and not spec.path)
     if stored:
         ignored = [k for k in ("resize", "on_bad", "in_memory") if getattr(spec, k) != DataSpec.model_fields[k].default]
         ignored += ["channels"] if "channels" in spec.model_fields_set else []
@@ -71,11 +74,20 @@ def _parts(spec: DataSpec) -> tuple[ImageSet, ImageSet, str]:
 
         digits = load_digits_splits(spec.seed)
         return digits.train, digits.test, digits.source
+    if spec.name == "canvas":
+        from expunge.data.canvas import load_canvas
+
+        sizes = {k: v for k, v in (("n_train", spec.limit), ("n_test", spec.test_limit)) if v is not None}
+        return load_canvas(**sizes, seed=spec.seed)
     if spec.name in _DOWNLOADED and not (spec.name == "cifar10" and spec.path):
         from expunge.data.torchvision_sets import load_torchvision
 
         root = Path(spec.path).expanduser() if spec.path else files.cache_dir() / "torchvision"
         return *load_torchvision(spec.name, root), f"{spec.name} through torchvision"
+    if spec.name == "captions":
+        from expunge.data.captioned_sets import load_pairs
+
+        return load_pairs(spec)
     columns = {"image_column": spec.image_column, "label_column": spec.label_column}
     path = Path(str(spec.path)).expanduser()
     if spec.name == "hub":
@@ -93,6 +105,9 @@ def _parts(spec: DataSpec) -> tuple[ImageSet, ImageSet, str]:
 
 
 def _finished(images: ImageSet, spec: DataSpec, limit: int | None) -> ImageSet:
+    if isinstance(images, CaptionedImages):
+        base = _finished(images.base, spec, None)
+        return images if base is images.base else CaptionedImages(base, images.captions, images.axes)
     if limit is not None:
         images = images.subset(balanced_prefix(images.labels, limit))
     if not isinstance(images, EncodedImages):

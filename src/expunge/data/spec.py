@@ -11,7 +11,7 @@ from expunge.data.encoded import Decoding
 from expunge.errors import did_you_mean
 from expunge.part import Frozen
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn", "folder", "parquet", "hub")
+NAMES = ("digits", "canvas", "captions", "cifar10", "cifar100", "svhn", "folder", "parquet", "hub")
 #: Surrogates that are computed, not read.
 DRAWN = ("shapes", "noise")
 SURROGATE_NAMES = (*DRAWN, *NAMES)
@@ -21,8 +21,8 @@ class DataSpec(Frozen):
     """A data set by name, and how to read it.
 
     Args:
-        name: ``digits`` (bundled), ``cifar10``, ``cifar100``, ``svhn`` (downloaded, or ``path``), ``folder``,
-            ``parquet`` or ``hub`` (all three need ``path``).
+        name: ``digits`` (bundled), ``canvas`` (drawn, with captions), ``cifar10``, ``cifar100``, ``svhn`` (downloaded,
+            or ``path``), ``folder``, ``parquet``, ``hub`` or ``captions`` (images with texts; all four need ``path``).
         path: Folder, or hub name for ``hub``. For ``cifar10`` a folder with train.parquet and test.parquet; for the
             other downloaded sets the download folder.
         resize: Side in pixels; shorter side resized, centre cropped. None keeps the stored size.
@@ -39,6 +39,12 @@ class DataSpec(Frozen):
         cache: Keep decoded images in the cache folder.
         image_column: Column of the images (``parquet``, ``hub``).
         label_column: Column of the labels.
+        caption_column: Column of the texts (``captions`` from Parquet files).
+        test_path: ``captions``: test images, as class folders, captioned images or CelebA's images.
+        identities: ``captions``: CelebA's file of names, of the images in ``test_path``.
+        names: ``captions``: the classes, as names that captions may mention; a list, or a file with one per line. For
+            CelebA, the people whose images are taken.
+        templates: ``captions``: prompts with ``{}`` for the name.
     """
 
     name: str = "digits"
@@ -57,6 +63,21 @@ class DataSpec(Frozen):
     cache: bool = True
     image_column: str = "image"
     label_column: str = "label"
+    caption_column: str | None = None
+    test_path: str | None = None
+    identities: str | None = None
+    names: str | tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _of_captions(self) -> DataSpec:
+        own = ("caption_column", "test_path", "identities", "names", "templates")
+        lost = [k for k in own if getattr(self, k) is not None]
+        if lost and self.name != "captions":
+            raise ValueError(f"{lost} would have no effect for {self.name!r}; they belong to 'captions'")
+        if self.identities is not None and self.test_path is None:
+            raise ValueError("'identities' names the images in 'test_path', which is missing")
+        return self
 
     @field_validator("name")
     @classmethod

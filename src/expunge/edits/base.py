@@ -20,3 +20,7 @@ class Edit(Part):
     @abstractmethod
     def compute(self, ctx: Context, space: OpenSpace) -> dict[str, Change]:
         """Return the changes; the model itself is put back by the caller whatever happens to it here."""
+
+    def controls(self) -> dict[str, Edit]:
+        """Variants, by name, that should do worse if the method's choices matter; none by default."""
+        return {}

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.context import Context
-from expunge.errors import DivergedError
+from expunge.errors import CapabilityError, DivergedError
 from expunge.patch.changes import Change, accumulate_dtype, smallest
 from expunge.spaces.base import OpenSpace
 from expunge.tasks.base import Batch, Task
@@ -70,7 +71,15 @@ def sample_gradients(
 
     Vectorised where the model allows it; a model that cannot be vectorised is differentiated sample by sample, which a
     remark says.
+
+    Raises:
+        CapabilityError: The loss of a sample depends on the others in its batch.
     """
+    if ctx.task.couples_samples:
+        raise CapabilityError(
+            f"the loss of the {ctx.task.name} task compares the samples of a batch, so a single one has no gradient of "
+            "its own; for ssd choose profile 'as_published', which takes gradients of batches"
+        )
     values, losses = _losses(ctx.task, parameters)
     wanted = batch.targets if targets is None else targets
 
@@ -141,9 +150,10 @@ def gram_product(task: Task, batch: Batch, parameters: Mapping[str, Tensor], vec
     The gradient ``sum_i c_i g_i`` is linear in ``c``; its own derivative along ``vector`` gives ``c_i = g_i . vector``.
     """
     values, losses = _losses(task, parameters)
-    found, pull, *_ = vjp(lambda v: losses(v, batch, batch.targets), values)
-    _, push, *_ = vjp(lambda c: pull(c)[0], torch.zeros_like(found))
-    result: Tensors = pull(push(vector)[0])[0]
+    with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no second derivative
+        found, pull, *_ = vjp(lambda v: losses(v, batch, batch.targets), values)
+        _, push, *_ = vjp(lambda c: pull(c)[0], torch.zeros_like(found))
+        result: Tensors = pull(push(vector)[0])[0]
     return result
 
 

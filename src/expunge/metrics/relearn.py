@@ -28,7 +28,7 @@ from expunge.run import execute
 from expunge.schedule import Single
 from expunge.spaces.layers import AllWeights
 from expunge.tasks.base import Split, Task
-from expunge.tasks.classifier import ClassifierTask
+from expunge.tasks.images import ImageTask
 
 #: Training that tries to bring the samples back.
 OPTIM = Optim(lr=0.01, epochs=20)
@@ -106,11 +106,11 @@ def relearn_steps(
         Steps, with the epochs in the note; a reason instead of a value if the accuracy did not come back in time.
 
     Raises:
-        CapabilityError: The task is no classifier.
+        CapabilityError: The task has no images to classify.
         DivergedError: Training diverged.
     """
-    if not isinstance(task, ClassifierTask):
-        raise CapabilityError(f"relearn time is defined for classifiers, not for the {task.name} task")
+    if not isinstance(task, ImageTask):
+        raise CapabilityError(f"relearn time is defined for models that classify images, not for the {task.name} task")
     settings = Relearn() if settings is None else settings
     n = len(split["forget"])
     target = _accuracy(task, split) - settings.margin / 100
@@ -152,6 +152,6 @@ def relearn_steps(
     return Estimate(taken, n=n, unit="steps", method=method, note=f"{path}; about {epochs:.1f} epochs")
 
 
-def _accuracy(task: ClassifierTask, split: Split) -> float:
+def _accuracy(task: ImageTask, split: Split) -> float:
     logits, labels = task.logits("forget", split)
     return float((logits.argmax(1) == labels).double().mean())

@@ -52,6 +52,7 @@ class Manifest(Frozen):
         versions: Versions of the libraries.
         metrics: Numbers measured on the patched model, if any.
         notes: What the run had to say (warnings, stop reason, memory fall-backs).
+        findings: What the method found out on its way (scores, searches), as plain data for the report.
         parents: Digests of the patches this one was derived from by scaling or restriction.
     """
 
@@ -66,6 +67,7 @@ class Manifest(Frozen):
     versions: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    findings: dict[str, Any] = Field(default_factory=dict)
     parents: tuple[str, ...] = ()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from expunge.metrics.describe import ARROWS
 from expunge.metrics.estimate import Estimate
+from expunge.report.contrastive_plots import figures
 from expunge.report.model import Report, clean
 from expunge.report.plots import COLOURS, render_all
 from expunge.report.words import ROLE_WORDS, headline, percent, size, tiles
@@ -58,7 +59,8 @@ def render(report: Report) -> str:
         layers=layers[:SHOWN_LAYERS],
         more_layers=len(layers) - SHOWN_LAYERS,
         untouched=sum(x["changed"] == 0 for x in layers),
-        plots={name: Markup(svg) for name, svg in render_all(report).items()},
+        plots={name: Markup(svg) for name, svg in {**render_all(report), **figures(report.contrastive)}.items()},
+        cell=_cell,
         facts=_facts(report),
     )
 

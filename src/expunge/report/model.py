@@ -17,6 +17,7 @@ from expunge.errors import ArtifactError, ConfigError, DataError
 from expunge.files import atomic_write
 from expunge.metrics.describe import definitions
 from expunge.metrics.estimate import Estimate
+from expunge.report.contrastive import ContrastiveSection
 from expunge.report.embeddings import EmbeddingSection
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def clean(text: object, limit: int = 2000) -> str:
 
 
 #: Figures that a terminal table leaves to the page.
-_PAGE_ONLY = frozenset({"mia_threshold", "attack_auc", "js_test", "kl_forget", "kl_test"})
+_PAGE_ONLY = frozenset({"mia_threshold", "attack_auc", "js_test", "kl_forget", "kl_test"}) | {
+    *("zs_top1", "zs_macro", "zs_macro_all", "zs_top5", "fa5"),
+    *("cross_axis_forget", "paired_cosine", "paired_cosine_retain"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Report:
         confidence: Histograms of the probability of the true class, by ``"<forget|test|retain>_<before|after>"``.
         history: One mapping per logged step, with ``step`` and loss terms.
         embeddings: Maps of embeddings and changes of class distances, if they were made.
+        contrastive: Layers, step search, neighbours and cosines of a two-tower model.
         not_shown: What was not measured, and limits of what was.
         flags: Warnings to be read first.
         undo: Commands that restore the original model.
@@ -137,6 +142,7 @@ class Report:
     confidence: dict[str, Histogram] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     embeddings: EmbeddingSection | None = None
+    contrastive: ContrastiveSection | None = None
     not_shown: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     undo: list[str] = field(default_factory=list)
@@ -192,7 +198,14 @@ class Report:
             }
             section = data.get("embeddings")
             maps = None if section is None else EmbeddingSection.from_dict(section)
-            made = {"rows": rows, "class_accuracy": classes, "confidence": histograms, "embeddings": maps}
+            towers = data.get("contrastive")
+            made = {
+                "rows": rows,
+                "class_accuracy": classes,
+                "confidence": histograms,
+                "embeddings": maps,
+                "contrastive": None if towers is None else ContrastiveSection.from_dict(towers),
+            }
             return cls(**{**data, **made})
         except (TypeError, KeyError, AttributeError, ValueError, ConfigError, DataError) as error:
             raise ArtifactError(f"report: malformed: {error}") from None

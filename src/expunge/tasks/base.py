@@ -44,11 +44,13 @@ class Split:
     """Index sets by role. ``forget`` and ``retain`` index the training set; the other roles their own sets.
 
     ``removed`` holds the classes that the request removes as a whole; it is empty for requests that name samples.
+    ``concept`` is what the request names in words.
     """
 
     indices: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
     removed: tuple[int, ...] = ()
+    concept: str = ""
     _forget: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,7 @@ class Split:
 
     def with_indices(self, **indices: Tensor) -> Split:
         """A copy with other index sets for some roles."""
-        return Split({**self.indices, **indices}, self.notes, self.removed)
+        return Split({**self.indices, **indices}, self.notes, self.removed, self.concept)
 
     def is_forget(self, role: str, ids: Tensor) -> Tensor:
         """Bool per id: does it belong to the forget set?"""
@@ -87,11 +89,14 @@ class Task(ABC):
         model: The network that may be edited.
         name: Family name, as registered.
         capabilities: What methods may rely on beyond ``loss`` and ``predict``: ``features``, ``head`` ...
+        couples_samples: Whether the loss of a sample depends on the others in its batch; then a batch cannot be cut
+            into pieces, and a single sample has no gradient of its own.
     """
 
     model: nn.Module
     name: str
     capabilities: frozenset[str] = frozenset()
+    couples_samples: bool = False
 
     @abstractmethod
     def split(self, request: ForgetRequest) -> Split:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expunge import rng
 from expunge.data.base import ImageSet, Splits
-from expunge.digest import json_digest
-from expunge.errors import CapabilityError, RequestError
+from expunge.errors import CapabilityError
 from expunge.models.head import check_head, find_head
 from expunge.registry import Info, registry
-from expunge.request import ForgetRequest, Label, class_numbers
-from expunge.restore import evaluating
-from expunge.tasks.base import TRAIN_ROLES, Batch, Split, Task
+from expunge.tasks.base import Batch
+from expunge.tasks.images import ImageTask
 
 
 @registry.register("task", "classifier", Info("Image classifiers with a cross-entropy loss."))
-class ClassifierTask(Task):
+class ClassifierTask(ImageTask):
     """A classifier with its training and test images.
 
     Args:
@@ -35,6 +30,7 @@ class ClassifierTask(Task):
     Example:
         >>> from expunge.data import DataSpec, load_data
         >>> from expunge.models import ModelSpec, build_model
+        >>> from expunge.request import ForgetRequest
         >>> model = build_model(ModelSpec(name="mlp", input_shape=(1, 8, 8)))
         >>> task = ClassifierTask(model, load_data(DataSpec(name="digits")))
         >>> len(task.split(ForgetRequest.label(0))["forget"])
@@ -53,70 +49,14 @@ class ClassifierTask(Task):
         eval_batch_size: int = 512,
         head: str | None = None,
     ) -> None:
-        self.model = model
-        self.data = data
-        self.normalize = normalize
-        self.eval_batch_size = eval_batch_size
-        self.classes = list(data.classes)
-        self.n_classes = len(self.classes)
+        super().__init__(model, data, normalize, surrogate, eval_batch_size)
         self.head = find_head(model, self.n_classes) if head is None else check_head(model, head)
         has = {"surrogate": surrogate is not None, "features": self.head is not None}
         self.capabilities = frozenset(name for name, given in has.items() if given)
-        self._sets: dict[str, ImageSet] = {"train": data.train, "test": data.test}
-        if data.val is not None:
-            self._sets["val"] = data.val
-        if surrogate is not None:
-            self._sets["surrogate"] = surrogate
-
-    def split(self, request: ForgetRequest) -> Split:
-        """Index sets of a request: ``forget``, ``retain``, ``test`` and, where they exist, ``val``, ``forget_test``,
-        ``surrogate``.
-
-        For a class request the forgotten classes leave ``test`` and form ``forget_test``. Unreadable retain images are
-        left out and counted in the notes; an unreadable forget image is an error.
-        """  # noqa: D205
-        forget, retain = request.resolve(self.data.train.labels, self.classes)
-        self.data.train.require(forget)
-        gone = class_numbers(request.what.classes, self.classes) if isinstance(request.what, Label) else []
-        return self._split(forget, retain, gone)
-
-    def everything(self) -> Split:
-        """Index sets with nothing to forget."""
-        return self._split(torch.empty(0, dtype=torch.int64), torch.arange(len(self.data.train)), [])
 
     def with_surrogate(self, images: ImageSet) -> ClassifierTask:
         """The same model and data with other surrogate images."""
         return ClassifierTask(self.model, self.data, self.normalize, images, self.eval_batch_size, self.head)
-
-    def _split(self, forget: Tensor, retain: Tensor, gone: list[int]) -> Split:
-        notes = []
-        readable = self.data.train.readable()
-        if len(readable) < len(self.data.train):
-            kept = retain[torch.isin(retain, readable)]
-            if len(kept) < len(retain):
-                notes.append(f"{len(retain) - len(kept)} unreadable images were left out of the retain set")
-            retain = kept
-        indices: dict[str, Tensor] = {"forget": forget, "retain": retain}
-        for role, images in self._sets.items():
-            if role != "train":
-                indices[role] = images.readable()
-        if gone:
-            of_class = torch.isin(self.data.test.labels[indices["test"]], torch.tensor(gone))
-            indices["forget_test"] = indices["test"][of_class]
-            indices["test"] = indices["test"][~of_class]
-        empty = [r for r, ids in indices.items() if not len(ids) and r != "forget"]
-        if empty:
-            raise RequestError(f"after this request no sample is left in: {', '.join(empty)}")
-        return Split(indices, tuple(notes), tuple(sorted(gone)))
-
-    def load(self, role: str, ids: Tensor, split: Split, *, augment: int | None = None) -> Batch:
-        """Images as ``[B, C, H, W]`` in [0, 1] in the model's precision, with their true labels."""
-        source = self._sets["train" if role in TRAIN_ROLES else "test" if role == "forget_test" else role]
-        x = source.images(ids)
-        if augment is not None:
-            x = self.data.augment(x, ids, augment)
-        device = self.device
-        return Batch(x.to(device, self._dtype()), source.labels[ids].to(device), ids, role, split.is_forget(role, ids))
 
     def predict(self, batch: Batch) -> Tensor:
         """Logits ``[B, C]``."""
@@ -153,32 +93,3 @@ class ClassifierTask(Task):
         return functional.cross_entropy(
             self.predict(batch), batch.targets if targets is None else targets, reduction="none"
         )
-
-    def wrong_target(self, batch: Batch, *, key: int, exclude_true: bool = True) -> Tensor:
-        """A random class per sample, uniform over the other classes (or over all of them)."""
-        if not exclude_true:
-            return rng.randint(key, batch.ids, self.n_classes).to(batch.targets)
-        shift = 1 + rng.randint(key, batch.ids, self.n_classes - 1).to(batch.targets)
-        return (batch.targets + shift) % self.n_classes
-
-    def data_digest(self) -> str:
-        """Digest over all image sets and the normalisation."""
-        sets: Mapping[str, Any] = {name: images.digest for name, images in self._sets.items()}
-        return json_digest({"sets": dict(sets), "normalize": repr(self.normalize)})
-
-    def logits(self, role: str, split: Split, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """Evaluate one role without augmentation, in eval mode; the model's modes are put back.
-
-        Returns:
-            Logits ``[N, C]`` and labels ``[N]``, on the CPU, in stored order.
-        """
-        out = []
-        with evaluating(self.model):
-            ids = split[role][:limit]
-            for chunk in torch.split(ids, self.eval_batch_size):
-                batch = self.load(role, chunk, split)
-                out.append((self.predict(batch).float().cpu(), batch.targets.cpu()))
-        return torch.cat([logits for logits, _ in out]), torch.cat([labels for _, labels in out])
-
-    def _dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expunge.cli.app import app, complain
+from expunge.cli.commands.curate import curate
 from expunge.cli.commands.runs import OVERRIDES, Words, config_and_overrides
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 data_app = typer.Typer(name="data", help="Look at the data that a configuration names.", no_args_is_help=True)
 app.add_typer(data_app)
+data_app.command()(curate)
 
 
 @data_app.command(context_settings=OVERRIDES)
@@ -28,6 +30,7 @@ def surrogate(
 ) -> None:
     """Load the surrogate set of a run, bench or training file and compare it with the training images."""
     from expunge.cli.show import facts, say, table
+    from expunge.config.models import TaskConfig
     from expunge.data import load_data
     from expunge.data.surrogate import load_surrogate
     from expunge.data.surrogate_stats import contact_sheet, surrogate_statistics
@@ -37,6 +40,8 @@ def surrogate(
         raise ConfigError(f"a contact sheet is a .png file, not {preview.name!r}")
     path, overrides = config_and_overrides(words)
     task = _any_config(path, overrides).task
+    if not isinstance(task, TaskConfig):
+        raise ConfigError(f"{path}: the {task.family} task takes no surrogate images")
     if task.surrogate is None:
         raise ConfigError(f"{path}: no 'task.surrogate'; add one, e.g. --task.surrogate.name shapes")
     train = load_data(task.data).train

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,15 @@ _WORDS = typer.Argument(
     metavar="CONFIG [--KEY VALUE ...]",
     help="A YAML file, then dotted overrides: --recipe.optim.lr 1e-4 or --recipe.optim.lr=1e-4.",
 )
+
+
+class Tour(StrEnum):
+    """The demos."""
+
+    digits = "digits"
+    clip = "clip"
+
+
 Words = Annotated[list[str], _WORDS]
 BenchWords = Annotated[list[str] | None, _WORDS]
 Progress = Annotated[bool, typer.Option("--progress/--no-progress", help="Progress bars on a terminal.")]
@@ -155,15 +165,28 @@ def train(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything.")] = Path("runs/demo"),
+    which: Annotated[Tour, typer.Argument(help="digits: a classifier. clip: a small CLIP.")] = Tour.digits,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for everything: runs/demo or runs/demo-clip."),
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer methods and epochs; figures mean less.")] = False,
     progress: Progress = True,
 ) -> None:
-    """Forget a class and 10 % of the samples on the bundled digits, with controls, reference and exact undo."""
+    """A tour without downloads: digits (forget a class, then 10 % of the samples) or clip (an object and a style)."""
     from expunge.cli.show import console, say
-    from expunge.demo import run_demo
 
-    run_demo(output, quick=quick, progress=progress, say=lambda x: say(x) if isinstance(x, str) else console().print(x))
+    def show(x: Any) -> None:
+        say(x) if isinstance(x, str) else console().print(x)
+
+    if which is Tour.clip:
+        from expunge.demo.clip import run_clip_demo
+
+        run_clip_demo(output or Path("runs/demo-clip"), quick=quick, progress=progress, say=show)
+    else:
+        from expunge.demo.digits import run_demo
+
+        run_demo(output or Path("runs/demo"), quick=quick, progress=progress, say=show)
 
 
 def _bar(title: str, wanted: bool) -> Any:

@@ -5,27 +5,20 @@ No download, no GPU, one core, well under two minutes.
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from expunge import experiment
 from expunge.config import RunConfig, Source, TrainConfig, parse_config, resolved_yaml
-from expunge.errors import ConfigError
+from expunge.demo.common import Say, fresh_folder, one_thread, undo_on_files
 from expunge.evaluation import Candidate, controls, evaluate
 from expunge.patch import Patch
-from expunge.patch.files import apply_files, revert_file
 from expunge.report.model import Report
 from expunge.run import LOG, PATCH, unlearn
 from expunge.track import read_log
 
-MARKER = "demo.txt"
 TASK: dict[str, Any] = {
     "model": {"name": "small_cnn", "n_classes": 10, "input_shape": [1, 8, 8]},
     "data": {"name": "digits"},
@@ -90,7 +83,7 @@ def run_demo(
     *,
     quick: bool = False,
     progress: bool = False,
-    say: Callable[[Any], None] = lambda _: None,
+    say: Say = lambda _: None,
 ) -> DemoResult:
     """Run the tour.
 
@@ -104,9 +97,9 @@ def run_demo(
         ConfigError: The folder holds something else.
     """
     folder = Path(output)
-    _fresh(folder)
+    fresh_folder(folder)
     start = time.perf_counter()
-    with _one_thread():
+    with one_thread():
         say("1. Train a small network on 8x8 digits.")
         training = {**TRAINING, **({"epochs": 6} if quick else {})}
         weights = folder / "original.safetensors"
@@ -127,7 +120,7 @@ def run_demo(
             say(reports[kind].table())
             for flag in reports[kind].flags:
                 say(f"   note: {flag}")
-        undone = _undo(folder, weights, next(iter(patches["class"].values())), say)
+        undone = undo_on_files(folder, weights, [next(iter(patches["class"].values()))], say)
     seconds = time.perf_counter() - start
     say(f"Finished in {seconds:.0f} s. Look at:")
     for kind, made in patches.items():
@@ -184,39 +177,3 @@ def _forget(
     )
     experiment.save_report(report, folder)
     return report, patches
-
-
-def _undo(folder: Path, weights: Path, patch: Path, say: Callable[[Any], None]) -> bool:
-    """Apply a patch to the weights file, take it off again, and compare digests."""
-    say("Exact undo, on files:")
-    applied = apply_files(weights, [patch], folder / "forgotten.safetensors")
-    assert applied.undo is not None
-    restored = revert_file(applied.path, folder / "restored.safetensors")
-    base = Patch.load(patch).manifest.base_digest
-    say(f"   original  {base[:16]}")
-    size = applied.undo.stat().st_size
-    say(f"   forgotten {applied.digest[:16]}  ({applied.changed:,} weights changed; undo file {size:,} bytes)")
-    equal = restored.digest == base
-    say(f"   restored  {restored.digest[:16]}  {'equal to the original, bit for bit' if equal else 'DIFFERENT'}")
-    return equal
-
-
-def _fresh(folder: Path) -> None:
-    """Empty a folder of an earlier tour; anything else in it is not ours to remove."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            raise ConfigError(f"{folder} is not empty and not of an earlier demo; choose another --output")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).write_text("Made by `expunge demo`; the next demo replaces this folder.\n", encoding="utf-8")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""Larger models that contain a CLIP tower: carrying a patch over to them, and asking them."""
