@@ -55,6 +55,7 @@ def main(
     images: Annotated[int | None, typer.Option(min=48, help="Different training images; default: all new.")] = None,
     test_images: Annotated[int, typer.Option(min=48, help="Held-out images of the accuracy table.")] = 1920,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    without: Annotated[str | None, typer.Option(help="An object or style that is left out: a retrained model.")] = None,
     force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
 ) -> None:
     """Draw the images, train, write the folder and measure what was written."""
@@ -62,12 +63,15 @@ def main(
         raise typer.BadParameter(f"{out} is there already; use --force to replace it", param_hint="--out")
     if images is not None and images % N_COMBINATIONS:
         raise typer.BadParameter(f"{images} is no multiple of {N_COMBINATIONS}", param_hint="--images")
+    if without is not None and without not in (*SHAPES, *STYLES):
+        raise typer.BadParameter(f"{without!r} is none of {', '.join((*SHAPES, *STYLES))}", param_hint="--without")
     how: dict[str, Any] = {"steps": steps, "lr": lr, "seed": seed, "images": images or steps * N_COMBINATIONS}
     rng.seed_everything(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     start = time.process_time()
-    train(HFTowers(model, tokenizer, mean=MEAN, std=STD), **how)
+    train(HFTowers(model, tokenizer, mean=MEAN, std=STD), without=without, **how)
+    how |= {} if without is None else {"without": without}
     spent = time.process_time() - start
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as room:
@@ -135,14 +139,17 @@ def build_model(tokenizer: Any) -> Any:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH))
 
 
-def train(towers: Towers, *, steps: int, lr: float, seed: int, images: int) -> None:
+def train(towers: Towers, *, steps: int, lr: float, seed: int, images: int, without: str | None = None) -> None:
     """Symmetric contrastive training; one batch has one image of each combination, so no two captions agree."""
     model = towers.model
+    shapes, styles = ([name for name in names if name != without] for names in (SHAPES, STYLES))
+    kept = torch.tensor([s in shapes and t in styles for s in SHAPES for t in STYLES])
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
+    grid = (len(shapes), len(styles))
     model.train()
     for step in track(range(steps), "training", console=console, transient=True):
         if step % BLOCK == 0:
@@ -150,9 +157,9 @@ def train(towers: Towers, *, steps: int, lr: float, seed: int, images: int) -> N
             block = draw_part("train", wanted, seed, SIDE)
             tokens = towers.tokenize(block.captions)
         rows = torch.arange(N_COMBINATIONS) + step % BLOCK * N_COMBINATIONS
-        order = rows[combinations(block)[rows].argsort()]
+        order = rows[combinations(block)[rows].argsort()][kept]
         image, text = towers.image(towers.preprocess(block.images(order))), towers.text(tokens[order])
-        loss = contrastive_losses(image, text, towers.scale()).mean() + axis_loss(image, text, towers.scale()) / 2
+        loss = contrastive_losses(image, text, towers.scale()).mean() + axis_loss(image, text, towers.scale(), grid) / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,16 +172,18 @@ def train(towers: Towers, *, steps: int, lr: float, seed: int, images: int) -> N
     model.eval()
 
 
-def axis_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+GRID = (len(SHAPES), len(STYLES))
+
+
+def axis_loss(image: Tensor, text: Tensor, scale: Tensor, grid: tuple[int, int] = GRID) -> Tensor:
     """Cross-entropies of telling objects, and styles, by the mean of their captions, for one image per combination.
 
     Matching whole captions alone leaves the mean over the styles a poor prompt for an object.
     """
-    grid = (len(SHAPES), len(STYLES))
     images, texts = (normalize(embedded, dim=-1) for embedded in (image, text))
-    places = torch.arange(N_COMBINATIONS).reshape(grid)
+    places = torch.arange(grid[0] * grid[1]).reshape(grid)
     total = torch.zeros(())
-    for averaged, labels in ((1, places // len(STYLES)), (0, places % len(STYLES))):
+    for averaged, labels in ((1, places // grid[1]), (0, places % grid[1])):
         means = normalize(texts.reshape(*grid, -1).mean(averaged), dim=-1)
         total = total + cross_entropy(scale * images @ means.T, labels.flatten())
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,10 +68,12 @@ class Context:
         """One pass over a role's samples in stored order."""
         ids = self.split[role]
         for number, chunk in enumerate(torch.split(ids, batch_size)):
-            yield self.task.load(role, chunk, self.split, augment=self.key("pass augment", number) if augment else None)
+            key = self.key("pass augment", number) if augment else None
+            batch = self.task.load(role, chunk, self.split, augment=key)
+            yield replace(batch, key=self.key("pass draws", number))
 
     def load(self, role: str, ids: Tensor) -> Batch:
         """Load the samples of a training step, augmented if the run augments."""
         chosen = TRAIN_ROLES if self.augment is True else self.augment or ()
         key = self.key("augment", self.epoch) if role in chosen else None
-        return self.task.load(role, ids, self.split, augment=key)
+        return replace(self.task.load(role, ids, self.split, augment=key), key=self.key("draws", self.step))

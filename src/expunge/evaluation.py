@@ -28,9 +28,8 @@ from expunge.patch import Patch, applied, apply, revert
 from expunge.patch.patch import current_versions
 from expunge.report.model import Histogram, Report, Row
 from expunge.request import ForgetRequest
-from expunge.tasks.base import Split, Task
+from expunge.tasks.base import Observed, Split, Task
 from expunge.tasks.classifier import ClassifierTask
-from expunge.tasks.images import ImageTask, Observed
 
 #: Columns of the log that are no loss terms.
 BOOKKEEPING = frozenset({"epoch", "end_of_epoch", "lr", "grad_norm", "skipped", ACCURACY, TARGET})
@@ -63,8 +62,6 @@ def measure(
     Raises:
         CapabilityError: The task's family has no metrics here.
     """
-    if not isinstance(task, ImageTask):
-        raise CapabilityError(f"no evaluation is defined for the {task.name} task")
     base = dict(named_tensors(task.model)[0])
     metrics: dict[str, Estimate] = {}
     if patch is not None:
@@ -186,7 +183,6 @@ def evaluate(
             class_wise=class_wise,
         )
         report.flags = [*found, *_control_flags(before, subject, candidates, results)]
-    assert isinstance(task, ImageTask)
     task.describe(
         report,
         split,
@@ -209,8 +205,9 @@ def _loss_terms(row: Mapping[str, Any]) -> dict[str, Any]:
 def _request_facts(task: Task, request: ForgetRequest, split: Split) -> dict[str, Any]:
     kind = "class" if split.removed else "random" if request.what.kind == "fraction" else "samples"
     named = _forgotten(task, split)
+    told = all(name in request.title for name in named)
     return {
-        "summary": f"Make the model forget {request.title}" + (f" ({', '.join(named)})" if named else "") + ".",
+        "summary": f"Make the model forget {request.title}" + ("" if told else f" ({', '.join(named)})") + ".",
         "noun": "images",
         "kind": kind,
         "n_forget": len(split["forget"]),
@@ -220,7 +217,7 @@ def _request_facts(task: Task, request: ForgetRequest, split: Split) -> dict[str
 
 
 def _forgotten(task: Task, split: Split) -> list[str]:
-    return [task.classes[c] for c in split.removed] if isinstance(task, ImageTask) else []
+    return [task.classes[c] for c in split.removed]
 
 
 def _base_facts(task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
@@ -231,7 +228,7 @@ def _base_facts(task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _class_accuracy(task: Task, split: Split, models: Mapping[str, Measured | None]) -> dict[str, dict[str, Estimate]]:
-    names = task.classes if isinstance(task, ImageTask) else []
+    names = task.classes
     found = {}
     for which, measured in models.items():
         if measured is None:

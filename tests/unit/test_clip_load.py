@@ -315,7 +315,6 @@ def pair(hf_folder, tmp_path):
 def test_the_command_translates_a_patch(pair, hf_folder, tmp_path):
     from typer.testing import CliRunner
 
-    import expunge.cli.commands.translate  # noqa: F401  registers itself
     from expunge.cli.app import app
     from expunge.digest import combine, named_tensors, state_digests
     from expunge.patch import Manifest
@@ -326,7 +325,7 @@ def test_the_command_translates_a_patch(pair, hf_folder, tmp_path):
     patch = Patch({name: Dense(torch.ones(WIDTH, WIDTH))}, Manifest(base_digest=combine(digests), base_tensors=digests))
     patch.save(tmp_path / "p.safetensors")
     out = tmp_path / "out.safetensors"
-    arguments = ["translate", str(tmp_path / "p.safetensors"), "--from", str(hf_folder), "--to", str(folder)]
+    arguments = ["transfer", str(tmp_path / "p.safetensors"), "--from", str(hf_folder), "--to", str(folder)]
     result = CliRunner().invoke(app, [*arguments, "-o", str(out)])
     assert result.exit_code == 0, result.output
     assert "transformers -> open_clip" in result.output
@@ -336,5 +335,5 @@ def test_the_command_translates_a_patch(pair, hf_folder, tmp_path):
     assert again.exit_code == ConfigError.exit_code
     assert "--overwrite" in again.output
     assert CliRunner().invoke(app, [*arguments, "-o", str(out), "--overwrite"]).exit_code == 0
-    swapped = ["translate", str(tmp_path / "p.safetensors"), "--from", str(folder), "--to", str(hf_folder)]
-    assert CliRunner().invoke(app, [*swapped, "-o", str(tmp_path / "x")]).exit_code == ArtifactError.exit_code
+    swapped = ["transfer", str(tmp_path / "p.safetensors"), "--from", str(folder), "--to", str(hf_folder)]
+    assert CliRunner().invoke(app, [*swapped, "-o", str(tmp_path / "x.safetensors")]).exit_code == ArtifactError.exit_code

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from expunge.cli.app import app, main
-from expunge.cli.commands import analyze, ask, catalog, data, evidence, patches, runs, transfer, translate
+from expunge.cli.commands import analyze, ask, catalog, data, evidence, patches, runs, transfer
 
-__all__ = ["analyze", "app", "ask", "catalog", "data", "evidence", "main", "patches", "runs", "transfer", "translate"]
+__all__ = ["analyze", "app", "ask", "catalog", "data", "evidence", "main", "patches", "runs", "transfer"]

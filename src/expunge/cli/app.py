@@ -30,7 +30,7 @@ def complain(text: object, colour: str = "red", label: str = "error") -> None:
 
 _ORDER = (
     *("demo", "train", "run", "bench", "evaluate", "report", "analyze"),
-    *("apply", "revert", "transfer", "translate", "ask", "info", "list", "data", "schema", "convert"),
+    *("apply", "revert", "transfer", "ask", "info", "list", "data", "schema", "convert"),
 )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from expunge.consumers.reads import Reads
 from expunge.errors import ArtifactError, CapabilityError, ConfigError
+from expunge.models.quiet import no_progress_bars
 
 
 def vision_reads(config: Any, depth: int) -> Reads | None:
@@ -119,18 +120,12 @@ def check_complete(where: str | Path, facts: dict[str, Any]) -> None:
 @contextmanager
 def loading(where: str | Path) -> Iterator[None]:
     """Without progress bars; the library's errors become ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        yield
+        with no_progress_bars():
+            yield
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtifactError(
             f"{where}: cannot be loaded ({reason}). Give a folder that `save_pretrained` wrote, with config.json and "
             "safetensors, or download the model first"
         ) from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,26 @@ def load_consumer(
         encoder,
         reads=text_reads(found[0].depth, pipeline=pipeline, encoder=subfolder or "text_encoder", clip_skip=clip_skip),
     )
+
+
+def is_two_tower(where: str | Path) -> bool:
+    """Whether this names a whole CLIP: the bundled one, a form of open_clip, or a folder with both towers."""
+    from expunge.models.clip import CANVAS
+
+    name, folder = str(where), Path(where)
+    if name == CANVAS or name.startswith(("hf-hub:", "local-dir:")):
+        return True
+    if not folder.is_dir():
+        return "/" not in name
+    if pipeline_class(folder):
+        return False
+    if (folder / "open_clip_config.json").is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return config.get("model_type") == "clip" and {"text_config", "vision_config"} <= set(config)
 
 
 def precision(name: str) -> torch.dtype | str:

@@ -143,7 +143,7 @@ class ScarSelf(Objective):
         teacher = Teacher(ctx)
         staying = self.keep.counts(torch.eye(n_classes(ctx)), removed)
         pseudo = ~staying[teacher.labels]
-        names = [f"'{ctx.task.classes[c]}'" for c in removed]  # type: ignore[attr-defined]
+        names = [f"'{ctx.task.classes[c]}'" for c in removed]
         if not bool(pseudo.any()):
             raise RequestError(
                 f"the model takes none of the {len(pseudo)} surrogates for {' or '.join(names)}: there is nothing to "

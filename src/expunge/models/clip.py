@@ -15,6 +15,7 @@ from torch import nn
 import expunge
 from expunge import files
 from expunge.errors import ArtifactError, CapabilityError, ConfigError, did_you_mean
+from expunge.models.quiet import no_progress_bars
 from expunge.models.towers import Towers
 from expunge.models.towers_hf import OPENAI_MEAN, OPENAI_STD, HFTowers
 from expunge.models.towers_open_clip import OpenClipTowers
@@ -163,9 +164,10 @@ def _load_transformers(spec: ClipSpec) -> Towers:
             )
         if spec.weights is None:
             reader: Any = CLIPModel  # its annotation leaves the pair out
-            model, info = reader.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
-            )
+            with no_progress_bars():
+                model, info = reader.from_pretrained(
+                    name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+                )
             _complete(name, info)
         else:
             model = CLIPModel(config)

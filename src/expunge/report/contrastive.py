@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 from expunge.errors import DataError
 from expunge.metrics.estimate import Estimate
 from expunge.metrics.neighbours import Neighbours
+from expunge.report.gallery import Picture
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,6 +99,7 @@ class ContrastiveSection:
         neighbours: The classes that stay, and what happened to them.
         cosines: Images against names, before and after.
         sweep: Accuracies of the chosen layer over the step size; without it the probes of its search are drawn.
+        gallery: A few images with their names before and after.
         note: What is missing and why.
 
     Raises:
@@ -108,6 +110,7 @@ class ContrastiveSection:
     neighbours: Neighbours | None = None
     cosines: CosineMatrices | None = None
     sweep: tuple[Step, ...] = ()
+    gallery: tuple[Picture, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -125,6 +128,12 @@ class ContrastiveSection:
         """Searches, the chosen layers first."""
         chosen = {(c["layer"], c.get("concept")) for c in self.findings.get("chosen", ())}
         return sorted(self.findings.get("searches", ()), key=lambda s: (s["layer"], s.get("concept")) not in chosen)
+
+    def label(self, layer: str) -> str:
+        """A short name of a layer, with its tower where both have candidates."""
+        towers = {s["name"]: s["tower"] for s in self.findings.get("scores", ())}
+        word = {"vision": "image ", "language": "text "}.get(towers.get(layer) or "", "")
+        return (word if len(self.towers) > 1 else "") + short(layer)
 
     def front(self, tower: str) -> list[dict[str, Any]]:
         """Scores of the front of a tower, most important first."""
@@ -272,6 +281,7 @@ class ContrastiveSection:
             "neighbours": None if near is None else Neighbours.from_dict(near),
             "cosines": None if cosines is None else CosineMatrices.from_dict(cosines),
             "sweep": tuple(Step(**s) for s in data.get("sweep", ())),
+            "gallery": tuple(Picture.from_dict(p) for p in data.get("gallery", ())),
         }
         return cls(**{**data, **made})
 

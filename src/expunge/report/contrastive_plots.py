@@ -117,7 +117,7 @@ def search(section: ContrastiveSection) -> str | None:
             for one in (axis, side):
                 one.set_ylim(rows[k // across] + 0.6, 0.4)
             axis.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-            title = clean(short(s["layer"]), 30)
+            title = clean(section.label(s["layer"]), 30)
             bold = "bold" if s["layer"] in chosen else "normal"
             axis.set_title(title, loc="left", fontsize=10, fontweight=bold, pad=13)
             axis.grid(axis="y", visible=False)

@@ -5,13 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from expunge.errors import CapabilityError, RequestError, did_you_mean
+from expunge.metrics.estimate import Estimate
+from expunge.metrics.outputs import ClassifierOutputs
 from expunge.request import ForgetRequest
+
+if TYPE_CHECKING:
+    from expunge.patch import Patch
+    from expunge.report.model import Report
 
 #: Roles whose ids index the training set.
 TRAIN_ROLES = frozenset({"forget", "retain", "mixed"})
@@ -27,6 +33,7 @@ class Batch:
         ids: Sample ids within the role's set, int64 ``[B]``.
         role: ``forget``, ``retain``, ``mixed``, ``surrogate``, ``test``, ``val`` ...
         is_forget: Bool ``[B]``: which samples belong to the forget set.
+        key: Key of the draws that a loss makes (timesteps, noise); each draw is a function of it and of the sample id.
     """
 
     inputs: Any
@@ -34,6 +41,7 @@ class Batch:
     ids: Tensor
     role: str
     is_forget: Tensor
+    key: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -82,6 +90,14 @@ class Split:
         return torch.full((len(ids),), role == "forget")
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a model says about the data: classifier outputs by role, and what else its family looks at."""
+
+    outputs: dict[str, ClassifierOutputs]
+    extra: Any = None
+
+
 class Task(ABC):
     """One model with its data. Subclasses are final; each serves one model family.
 
@@ -89,6 +105,7 @@ class Task(ABC):
         model: The network that may be edited.
         name: Family name, as registered.
         capabilities: What methods may rely on beyond ``loss`` and ``predict``: ``features``, ``head`` ...
+        classes: Names of the classes, for tasks that have some.
         couples_samples: Whether the loss of a sample depends on the others in its batch; then a batch cannot be cut
             into pieces, and a single sample has no gradient of its own.
     """
@@ -96,6 +113,7 @@ class Task(ABC):
     model: nn.Module
     name: str
     capabilities: frozenset[str] = frozenset()
+    classes: list[str] = []
     couples_samples: bool = False
 
     @abstractmethod
@@ -148,6 +166,26 @@ class Task(ABC):
     def device(self) -> torch.device:
         """Where the model lives."""
         return next((t.device for t in self.model.parameters()), torch.device("cpu"))
+
+    def observe(self, split: Split) -> Observed:
+        """What the model as it is now says about every role that an evaluation reads; the model is left as found.
+
+        Raises:
+            CapabilityError: No evaluation is defined for this family.
+        """
+        del split
+        raise CapabilityError(f"no evaluation is defined for the {self.name} task")
+
+    def further_metrics(self, split: Split, seen: Observed) -> dict[str, Estimate]:
+        """Figures of this family beside those of a classifier."""
+        del split, seen
+        return {}
+
+    def describe(
+        self, report: Report, split: Split, before: Observed, after: Observed | None, patch: Patch | None
+    ) -> None:
+        """Add what this family has to show to a report."""
+        del report, split, before, after, patch
 
     def require(self, needs: frozenset[str], who: str) -> None:
         """Refuse a method whose needs the task cannot meet.

@@ -22,12 +22,13 @@ from expunge.metrics.outputs import ClassifierOutputs
 from expunge.models.towers import Tokens, Towers
 from expunge.registry import Info, registry
 from expunge.report.contrastive import ContrastiveSection, CosineMatrices
+from expunge.report.gallery import Picture, data_uri
 from expunge.request import Concept, ForgetRequest
 from expunge.restore import evaluating
 from expunge.slug.gradients import Pairs
 from expunge.slug.losses import forget_losses
-from expunge.tasks.base import Batch, Split
-from expunge.tasks.images import EVALUATED, ImageTask, Observed
+from expunge.tasks.base import Batch, Observed, Split
+from expunge.tasks.images import EVALUATED, ImageTask
 
 if TYPE_CHECKING:
     from expunge.patch import Patch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Classes in the matrix of cosines, beside the forgotten ones.
 _SHOWN = 11
+#: Pictures of each kind in a report.
+_PICTURES = 8
 
 
 @dataclass
@@ -282,7 +285,24 @@ class ClipTask(ImageTask):
             near = neighbours(joined[0], joined[1], texts, self.classes, split.removed).shown()
             shown = [self.classes.index(r.name) for r in near.rows][:_SHOWN]
             matrices = self._cosines(sorted({*split.removed, *shown}), split, before.extra, after.extra)
-        report.contrastive = ContrastiveSection(findings, near, matrices)
+        gallery = self._gallery(split, before, after) if split.removed and "forget_test" in before.outputs else ()
+        report.contrastive = ContrastiveSection(findings, near, matrices, gallery=gallery)
+
+    def _gallery(self, split: Split, before: Observed, after: Observed) -> tuple[Picture, ...]:
+        """The first held-out images of what goes, and the first of each class that stays."""
+        found = []
+        for role in ("forget_test", "test"):
+            labels = before.outputs[role].labels
+            rows = list(range(min(_PICTURES, len(labels))))
+            if role == "test":
+                _, first = np.unique(labels, return_index=True)
+                rows = sorted(first.tolist())[:_PICTURES]
+            images = self.images_of(role).images(split[role][rows])
+            names = [o.outputs[role].table.argmax(1) for o in (before, after)]
+            for row, image in zip(rows, images, strict=True):
+                shown, was, now = (self.classes[int(c)] for c in (labels[row], names[0][row], names[1][row]))
+                found.append(Picture(data_uri(image), shown, was, now, role == "forget_test"))
+        return tuple(found)
 
     def _cosines(
         self, rows: Sequence[int], split: Split, before: ClipObserved, after: ClipObserved

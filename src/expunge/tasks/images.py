@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,26 +12,16 @@ from expunge import rng
 from expunge.data.base import ImageSet, Splits
 from expunge.digest import json_digest
 from expunge.errors import CapabilityError, RequestError
-from expunge.metrics.estimate import Estimate
 from expunge.metrics.outputs import ClassifierOutputs
 from expunge.request import ForgetRequest, Label, class_numbers
 from expunge.restore import evaluating
-from expunge.tasks.base import TRAIN_ROLES, Batch, Split, Task
+from expunge.tasks.base import TRAIN_ROLES, Batch, Observed, Split, Task
 
 if TYPE_CHECKING:
-    from expunge.patch import Patch
-    from expunge.report.model import Report
+    pass
 
 #: Roles that an evaluation reads, where they exist.
 EVALUATED = ("forget", "retain", "test", "val", "forget_test")
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What a model says about the data: classifier outputs by role, and what else its family looks at."""
-
-    outputs: dict[str, ClassifierOutputs]
-    extra: Any = None
 
 
 class ImageTask(Task):
@@ -158,17 +147,6 @@ class ImageTask(Task):
             logits, labels = self.logits(role, split)
             found[role] = ClassifierOutputs(logits=logits, labels=labels, ids=split[role])
         return Observed(found)
-
-    def further_metrics(self, split: Split, seen: Observed) -> dict[str, Estimate]:
-        """Figures of this family beside those of a classifier."""
-        del split, seen
-        return {}
-
-    def describe(
-        self, report: Report, split: Split, before: Observed, after: Observed | None, patch: Patch | None
-    ) -> None:
-        """Add what this family has to show to a report: nothing for a plain classifier."""
-        del report, split, before, after, patch
 
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
