@@ -21,7 +21,7 @@ from expunge.controls import control_recipes
 from expunge.data.spec import SurrogateSpec
 from expunge.data.surrogate import load_surrogate
 from expunge.digest import json_digest, model_digest
-from expunge.errors import ExpungeError
+from expunge.errors import CapabilityError, ExpungeError
 from expunge.evaluation import measure
 from expunge.experiment import make_task, reference_of
 from expunge.metrics.aus import aus_estimate
@@ -33,6 +33,7 @@ from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest
 from expunge.run import CHECKPOINT, PATCH, unlearn
+from expunge.tasks.base import Task
 from expunge.tasks.images import ImageTask
 
 log = logging.getLogger("expunge")
@@ -122,14 +123,16 @@ def _run(
     for group in groups:
         task = make_task(group.config.task)
         for path in group.index_files:
-            check_index_file(path, task.data.train.digest)
+            check_index_file(path, task.training_digest())
         if not cells:
             folder.mkdir(parents=True, exist_ok=True)
             files.atomic_write(folder / "config.yaml", resolved)
         base = model_digest(task.model)
-        tasks: dict[SurrogateSpec | None, ImageTask] = {None: task}
+        tasks: dict[SurrogateSpec | None, Task] = {None: task}
         for own in {j.surrogate for _, j in group.items} - {None}:  # a set that cannot be read ends it before any run
             assert own is not None
+            if not isinstance(task, ImageTask):
+                raise CapabilityError(f"the {task.name} task takes no surrogate images")
             tasks[own] = task.with_surrogate(load_surrogate(own, task.data.train.shape).images)
         for request, job in group.items:
             cells.append(_cell(group.config, tasks[job.surrogate], base, request, job, folder, progress))
@@ -172,7 +175,7 @@ def plan(config: BenchConfig) -> list[_Job]:
 
 def _cell(
     config: Experiment,
-    task: ImageTask,
+    task: Task,
     base: str,
     request: ForgetRequest,
     job: _Job,
@@ -221,7 +224,7 @@ def _cell(
 
 
 def _patch(
-    config: Experiment, task: ImageTask, request: ForgetRequest, job: _Job, where: Path, progress: bool
+    config: Experiment, task: Task, request: ForgetRequest, job: _Job, where: Path, progress: bool
 ) -> tuple[Patch | None, float | None]:
     if job.role == "before":
         return None, None

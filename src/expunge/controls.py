@@ -55,7 +55,7 @@ def control_recipes(recipe: Recipe) -> list[tuple[str, Recipe]]:
         short = {"epochs": 1} if recipe.optim.norm == "frozen" else {}
         found.append(("lr = 0", recipe.replace(optim={"lr": 0.0, **short})))
     if isinstance(recipe.space, SaliencyMask) and recipe.space.select == "top" and recipe.space.keep < 1:
-        space = SaliencyMask(**{**recipe.space.model_dump(), "select": "random", "file": None})
+        space = recipe.space.model_copy(update={"select": "random", "file": None})
         found.append(("random mask", recipe.replace(space=space)))
     return found
 

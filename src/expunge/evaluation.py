@@ -77,6 +77,8 @@ def measure(
         if patch is not None:
             revert(task.model, patch)
     found = measure_classifier(seen.outputs, class_wise=bool(split.removed), attacks=attacks, seed=seed)
+    if not task.classifies:  # what a model draws is no membership or accuracy of its training samples
+        found = {name: estimate for name, estimate in found.items() if estimate.ran}
     found |= task.further_metrics(split, seen)
     if seconds is not None:
         found["run_time"] = run_time(seconds)
@@ -130,9 +132,12 @@ def evaluate(
     def run(c: Candidate) -> Measured:
         return measure(task, split, c.patch, attacks=attacks, seconds=c.seconds, seed=seed)
 
+    def score(m: Measured) -> dict[str, Estimate]:
+        return {"aus": aus_estimate(m.metrics, before.metrics, class_wise)} if task.classifies else {}
+
     before = run(Candidate("untouched", None))
     results: dict[str, Measured] = {}
-    untouched = {**before.metrics, "aus": aus_estimate(before.metrics, before.metrics, class_wise)}
+    untouched = {**before.metrics, **score(before)}
     rows = [Row("untouched", "before", untouched, "the model as it was")]
     for candidate in candidates:
         if candidate.patch is None:
@@ -144,7 +149,7 @@ def evaluate(
     for candidate in candidates:
         measured = results.get(candidate.name)
         if measured is not None:
-            metrics = {**measured.metrics, "aus": aus_estimate(measured.metrics, before.metrics, class_wise)}
+            metrics = {**measured.metrics, **score(measured)}
             if oracle is not None and candidate is not reference:
                 metrics["avg_gap"] = gap_estimate(measured.metrics, oracle.metrics)
                 metrics |= divergences(measured.outputs, oracle.outputs, seed=seed)
@@ -159,7 +164,7 @@ def evaluate(
         rows=rows,
         class_accuracy=_class_accuracy(task, split, {"before": before, "after": after, "reference": oracle}),
         forgotten_classes=_forgotten(task, split),
-        confidence=_confidence(before, after),
+        confidence=_confidence(before, after) if task.classifies else {},
         history=[_loss_terms(r) for r in subject.history] if subject is not None else [],
         not_shown=[*_limits(class_wise, oracle is not None, len(split["forget"]), rows), *not_shown],
         undo=list(undo),

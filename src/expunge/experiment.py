@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge import files
 from expunge.config import RunConfig, TrainConfig, resolved_yaml
 from expunge.config.experiments import check_index_file
 from expunge.config.models import AnyTaskConfig, Experiment
 from expunge.digest import combine, named_tensors, state_digests
-from expunge.errors import ConfigError
+from expunge.errors import CapabilityError, ConfigError
 from expunge.evaluation import Candidate, controls, evaluate
 from expunge.features.statistics import ClassStatistics
 from expunge.models.weights import save_weights
@@ -25,8 +25,10 @@ from expunge.patch.patch import current_versions
 from expunge.recipe import Recipe
 from expunge.report import model as reporting
 from expunge.report.contrastive_plots import save_figures
+from expunge.report.samples import save_grids
 from expunge.request import ForgetRequest
 from expunge.run import CHECKPOINT, LOG, PATCH, unlearn
+from expunge.tasks.base import Task
 from expunge.tasks.build import make_task as make_task
 from expunge.tasks.images import ImageTask
 from expunge.track import read_log
@@ -40,6 +42,9 @@ CONFIG, REPORT_JSON, REPORT_HTML, BASE, TIMING = (
     "timing.json",
 )
 
+#: Bytes of an original that is copied into the run folder when no file of it is named.
+LARGEST_BASE = 1 << 30
+
 
 @dataclass(frozen=True)
 class Result:
@@ -51,7 +56,7 @@ class Result:
     resumed: bool
 
 
-def run(config: RunConfig, *, task: ImageTask | None = None, progress: bool = False) -> Result:
+def run(config: RunConfig, *, task: Task | None = None, progress: bool = False) -> Result:
     """Unlearn, run the controls, evaluate, and write the run folder.
 
     The folder holds ``patch.safetensors``, ``report.html``, ``report.json``, ``log.jsonl``, ``run.json`` and
@@ -66,7 +71,7 @@ def run(config: RunConfig, *, task: ImageTask | None = None, progress: bool = Fa
     task = task if task is not None else make_task(config.task)
     request, recipe, folder = config.request.build(), config.build_recipe(), config.folder
     if config.request.index_file is not None:
-        check_index_file(config.request.index_file, task.data.train.digest)
+        check_index_file(config.request.index_file, task.training_digest())
     started_fresh = not (folder / PATCH).exists() and not (folder / CHECKPOINT).exists()
     start = time.perf_counter()
     patch = unlearn(
@@ -87,7 +92,7 @@ def run(config: RunConfig, *, task: ImageTask | None = None, progress: bool = Fa
     if known is not None:
         return Result(folder, patch, known, resumed=True)
     files.atomic_write(folder / CONFIG, text)
-    if config.task.model.weights is None:
+    if _weights(config.task) is None and _small(task.model):
         save_weights(task.model, folder / BASE)
     history = read_log(folder / LOG) if (folder / LOG).exists() else []
     seconds = _seconds(folder, patch)
@@ -104,7 +109,7 @@ def run(config: RunConfig, *, task: ImageTask | None = None, progress: bool = Fa
 
 def _evaluated(
     config: RunConfig,
-    task: ImageTask,
+    task: Task,
     candidates: Sequence[Candidate],
     title: str,
     not_shown: Sequence[str],
@@ -131,17 +136,30 @@ def _evaluated(
     return report
 
 
+def _weights(task: AnyTaskConfig) -> str | None:
+    """The weights file that a configuration names."""
+    given: str | None = getattr(task.model, "weights", None)
+    return given
+
+
+def _small(model: nn.Module) -> bool:
+    """Whether a copy of the original belongs into the run folder."""
+    return sum(t.numel() * t.element_size() for t in named_tensors(model)[0].values()) <= LARGEST_BASE
+
+
 def save_report(report: reporting.Report, folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``, and the figures of a two-tower model as files."""
+    """Write ``report.json`` and ``report.html``, and figures and drawn images as files."""
     report.save_html(folder / REPORT_HTML)
     if report.contrastive is not None:
         save_figures(report.contrastive, folder / "figures")
+    if report.samples is not None:
+        save_grids(report.samples, folder / "figures")
     report.save_json(folder / REPORT_JSON)  # last: its presence says that the run is complete
 
 
 def undo_commands(task: AnyTaskConfig) -> list[str]:
     """The commands that apply the patch to the weights file and take it off again."""
-    weights = Path(task.model.weights).name if task.model.weights else BASE
+    weights = Path(str(given)).name if (given := _weights(task)) else BASE
     return [
         f"expunge apply {weights} {PATCH} -o forgotten.safetensors",
         f"expunge revert forgotten.safetensors -o {Path(weights).stem}.restored.safetensors",
@@ -149,7 +167,7 @@ def undo_commands(task: AnyTaskConfig) -> list[str]:
 
 
 def _known_report(
-    folder: Path, patch: Patch, task: ImageTask, request: ForgetRequest, config: str
+    folder: Path, patch: Patch, task: Task, request: ForgetRequest, config: str
 ) -> reporting.Report | None:
     """The report of an earlier evaluation, if everything that it depends on is the same."""
     if not (folder / REPORT_JSON).exists() or not (folder / REPORT_HTML).exists():
@@ -171,7 +189,7 @@ def _seconds(folder: Path, patch: Patch) -> float | None:
 
 def reference_of(
     config: Experiment,
-    task: ImageTask,
+    task: Task,
     request: ForgetRequest,
     seed: int,
     folder: Path,
@@ -201,7 +219,7 @@ def reference_of(
     left_out = excluded_path(path)
     note = f"weights from {path.name}"
     if left_out.is_file():
-        theirs = ForgetRequest.from_file(left_out).resolve(task.data.train.labels, task.classes)[0]
+        theirs = task.split(ForgetRequest.from_file(left_out))["forget"]
         ours = task.split(request)["forget"]
         if theirs.tolist() != ours.tolist():
             raise ConfigError(
@@ -214,7 +232,7 @@ def reference_of(
 
 
 def trained_reference(
-    task: ImageTask, request: ForgetRequest, recipe: Recipe, seed: int, folder: Path, *, progress: bool = False
+    task: Task, request: ForgetRequest, recipe: Recipe, seed: int, folder: Path, *, progress: bool = False
 ) -> Candidate:
     """Retrain from scratch without the samples; resumes and is not repeated."""
     fresh = not (folder / PATCH).exists() and not (folder / CHECKPOINT).exists()
@@ -227,14 +245,14 @@ def trained_reference(
     return Candidate("retrained", patch, "reference", _seconds(folder, patch), note)
 
 
-def patch_to(task: ImageTask, weights: Path, request: ForgetRequest) -> Patch:
+def patch_to(task: Task, weights: Path, request: ForgetRequest) -> Patch:
     """The difference from the task's model to a weights file of the same architecture, as a patch."""
     from copy import deepcopy
 
     from expunge.models.weights import load_weights
 
     other = deepcopy(task.model)
-    load_weights(other, weights)
+    load_weights(other, weights, widen=True)
     base, aliases = named_tensors(task.model)
     theirs: dict[str, Tensor] = named_tensors(other)[0]
     digests = state_digests(base)
@@ -315,6 +333,8 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} exists; remove it or allow overwriting")
     task = make_task(config.task)
+    if not isinstance(task, ImageTask) or config.task.data is None:
+        raise CapabilityError(f"the {task.name} task is not trained by this command; its weights come from elsewhere")
     if config.statistics:
         task.require(frozenset({"features"}), "class statistics")
     request = config.exclude.build() if config.exclude is not None else None
@@ -326,6 +346,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, progress: bool = Fals
         optim=config.build_optim(),
         batch_size=config.batch_size,
         label_smoothing=config.label_smoothing,
+        average=config.average,
         seed=config.seed,
         run_dir=target.with_suffix(".training"),
         trackers=config.trackers,
@@ -362,9 +383,9 @@ def _portable(task: AnyTaskConfig) -> dict[str, Any]:
 
 
 def accuracies(task: ImageTask, roles: Sequence[str], split: Any) -> dict[str, float]:
-    """Accuracy in percent per role that has samples."""
+    """Accuracy in percent per role that has samples; none for a model that does not name classes."""
     found = {}
-    for role in roles:
+    for role in roles if task.classifies else ():
         if len(split[role]):
             logits, labels = task.logits(role, split)
             found[role] = 100 * float((logits.argmax(1) == labels).float().mean())

@@ -62,13 +62,15 @@ def check_finite_model(tensors: Mapping[str, Tensor]) -> None:
             raise RequestError(f"the base model's '{name}' has NaN or infinite values; repair the model first")
 
 
-def check_disjoint(split: Split) -> None:
-    """Forget and retain set are disjoint and not empty.
+def check_disjoint(split: Split, recipe: Recipe) -> None:
+    """Forget and retain set are disjoint and not empty; a recipe that reads neither may do without both.
 
     Raises:
         RequestError: They are not.
     """
     forget, retain = split["forget"], split["retain"]
+    if not len(forget) and not len(retain) and not {"forget", "retain"} & recipe.needs():
+        return
     if not len(forget) or not len(retain):
         raise RequestError(
             f"the forget set has {len(forget)} and the retain set {len(retain)} samples; both are needed"
@@ -81,9 +83,9 @@ def check_disjoint(split: Split) -> None:
 def roles_read(recipe: Recipe) -> tuple[str, ...]:
     """Data roles that checks may look at too: a method that does without retain or forget images is kept to that."""
     read = set(recipe.needs())
-    if "retain" in read or "surrogate" not in read:
+    if "retain" in read or not {"surrogate", "concept"} & read:
         read.add("forget")
-    return tuple(r for r in ("forget", "retain", "surrogate") if r in read)
+    return tuple(r for r in ("forget", "retain", "surrogate", "concept") if r in read)
 
 
 @torch.no_grad()
@@ -203,7 +205,7 @@ def check_outputs(ctx: Context, roles: Sequence[str], samples: int = 64) -> None
     Raises:
         DivergedError: They are not.
     """
-    role = next(r for r in ("retain", "surrogate", "forget") if r in roles)
+    role = next(r for r in ("retain", "surrogate", "forget", "concept") if r in roles)
     ctx.model.eval()
     outputs = ctx.task.predict(ctx.task.load(role, ctx.split[role][:samples], ctx.split))
     if not bool(torch.isfinite(outputs).all()):

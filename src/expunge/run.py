@@ -81,7 +81,7 @@ def unlearn(
             "the model carries applied patches; `revert` them, or make them permanent with `settle`, first"
         )
     split = task.split(request)
-    guards.check_disjoint(split)
+    guards.check_disjoint(split, recipe)
     patch = execute(
         task,
         split,

@@ -19,6 +19,7 @@ from expunge.recipe import Optim, Recipe
 from expunge.request import ForgetRequest
 from expunge.run import execute
 from expunge.schedule import Single
+from expunge.spaces.averaged import AveragedWeights
 from expunge.spaces.layers import AllWeights
 from expunge.tasks.base import Split, Task
 from expunge.tasks.images import ImageTask
@@ -30,14 +31,16 @@ PUBLISHED = Optim(
 )
 
 
-def training_recipe(optim: Optim = PUBLISHED, batch_size: int = 256, label_smoothing: float = 0.0) -> Recipe:
-    """Cross-entropy on everything that is not excluded, all weights, from the model's present weights."""
+def training_recipe(
+    optim: Optim = PUBLISHED, batch_size: int = 256, label_smoothing: float = 0.0, average: float | None = None
+) -> Recipe:
+    """The task's loss on everything that is not excluded, all weights, from the model's present weights."""
     schedule = Single(role="retain", batch_size=batch_size)
     smoothed = SmoothedFineTune(schedule=schedule, label_smoothing=label_smoothing) if label_smoothing else None
     return Recipe(
         name="train",
         objective=smoothed or FineTune(schedule=schedule),
-        space=AllWeights(),
+        space=AllWeights() if average is None else AveragedWeights(decay=average),
         optim=optim,
     )
 
@@ -49,6 +52,7 @@ def fit(
     optim: Optim = PUBLISHED,
     batch_size: int = 256,
     label_smoothing: float = 0.0,
+    average: float | None = None,
     seed: int = 0,
     run_dir: str | Path | None = None,
     trackers: Sequence[TrackerName] = (),
@@ -62,6 +66,7 @@ def fit(
         optim: Optimiser settings; normalisation layers follow ``optim.norm``.
         batch_size: Samples per step.
         label_smoothing: Share of every target that is spread evenly over all classes.
+        average: Decay of a moving average of the weights, which is then the result.
         seed: Seed of batch order, augmentation and dropout.
         run_dir: Folder for log and checkpoints; a killed training resumes there.
         trackers: ``tensorboard``, ``wandb``.
@@ -80,7 +85,7 @@ def fit(
         task,
         split,
         request,
-        training_recipe(optim, batch_size, label_smoothing),
+        training_recipe(optim, batch_size, label_smoothing, average),
         seed=seed,
         run_dir=run_dir,
         trackers=trackers,

@@ -173,7 +173,7 @@ def test_overlapping_sets_of_another_task_are_caught_by_the_guard(task, monkeypa
     monkeypatch.setattr(type(task), "split", lambda self, request: bad)
     with pytest.raises(RequestError, match="2 samples are in both"):
         unlearn(task, inject.REQUEST, inject.recipe())
-    monkeypatch.setattr(guards, "check_disjoint", lambda split: None)
+    monkeypatch.setattr(guards, "check_disjoint", lambda split, recipe: None)
     assert len(unlearn(task, inject.REQUEST, inject.recipe()))  # without the guard nobody would notice
 
 

@@ -336,4 +336,6 @@ def test_the_command_translates_a_patch(pair, hf_folder, tmp_path):
     assert "--overwrite" in again.output
     assert CliRunner().invoke(app, [*arguments, "-o", str(out), "--overwrite"]).exit_code == 0
     swapped = ["transfer", str(tmp_path / "p.safetensors"), "--from", str(folder), "--to", str(hf_folder)]
-    assert CliRunner().invoke(app, [*swapped, "-o", str(tmp_path / "x.safetensors")]).exit_code == ArtifactError.exit_code
+    assert (
+        CliRunner().invoke(app, [*swapped, "-o", str(tmp_path / "x.safetensors")]).exit_code == ArtifactError.exit_code
+    )

@@ -15,9 +15,8 @@ from expunge.errors import CapabilityError, ConfigError, DivergedError
 from expunge.patch import Patch, apply, revert
 from expunge.request import ForgetRequest
 from expunge.restore import evaluating
-from expunge.tasks.base import Split
+from expunge.tasks.base import Split, Task
 from expunge.tasks.classifier import ClassifierTask
-from expunge.tasks.images import ImageTask
 
 ROLES = ("train", "test")
 
@@ -57,7 +56,7 @@ def choose_ids(
 
 
 def embed(
-    task: ImageTask,
+    task: Task,
     split: Split | None = None,
     patch: Patch | None = None,
     *,
@@ -136,7 +135,7 @@ def embed(
     )
 
 
-def embed_weights(task: ImageTask, weights: str | Path, split: Split | None = None, **options: object) -> Embedding:
+def embed_weights(task: Task, weights: str | Path, split: Split | None = None, **options: object) -> Embedding:
     """:func:`embed` for a weights file of the task's architecture; the task's own model is not touched.
 
     Args:

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 from expunge.cli.app import app, main
-from expunge.cli.commands import analyze, ask, catalog, data, evidence, patches, runs, transfer
+from expunge.cli.commands import analyze, ask, catalog, data, evidence, generate, patches, plan, runs, transfer
 
-__all__ = ["analyze", "app", "ask", "catalog", "data", "evidence", "main", "patches", "runs", "transfer"]
+__all__ = [
+    "analyze",
+    "app",
+    "ask",
+    "catalog",
+    "data",
+    "evidence",
+    "generate",
+    "main",
+    "patches",
+    "plan",
+    "runs",
+    "transfer",
+]

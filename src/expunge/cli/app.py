@@ -29,8 +29,8 @@ def complain(text: object, colour: str = "red", label: str = "error") -> None:
 
 
 _ORDER = (
-    *("demo", "train", "run", "bench", "evaluate", "report", "analyze"),
-    *("apply", "revert", "transfer", "ask", "info", "list", "data", "schema", "convert"),
+    *("demo", "plan", "train", "run", "bench", "evaluate", "report", "analyze"),
+    *("apply", "revert", "transfer", "ask", "generate", "info", "list", "data", "schema", "convert"),
 )
 
 

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from expunge import files
 from expunge.config.load import parse_config
-from expunge.config.models import Experiment
+from expunge.config.models import Experiment, TaskConfig
 from expunge.config.text import Source, read_yaml, with_overrides, write_yaml
 from expunge.digest import json_digest
 from expunge.errors import ArtifactError, ConfigError, ExpungeError, did_you_mean
@@ -253,6 +253,8 @@ def load_experiments(
         config = parse_config(Experiment, with_overrides(source, overrides or {}))
         if config.reference is not None:
             raise ConfigError("a list of experiments has no 'reference'; add an entry with the method 'retrain'")
+        if not isinstance(config.task, TaskConfig):
+            raise ConfigError(f"{path}: experiments are run on classifiers, not on the {config.task.family} task")
         if config.task.model.weights is None:
             raise ConfigError(f"{path}: entry {number} names no 'checkpoint', and the task no 'model.weights'")
         mine = [e for e in entries if e.checkpoint == checkpoint]
@@ -283,6 +285,7 @@ def _items(entries: Sequence[Entry], runs: int, profile: Profile, suffix: str) -
 def _numbered_alike(entries: Sequence[Entry], config: Experiment, where: str) -> None:
     """Refuse plain index lists where a validation part renumbers the rows."""
     data = config.task.data
+    assert data is not None
     for entry in entries if data.val_fraction else ():
         listed = entry.idxs_to_forget
         if listed is not None and not (isinstance(listed, str) and recorded_digest(listed)):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from expunge.data.captioned_sets import ZeroShotSet
-from expunge.data.spec import DataSpec, SurrogateSpec
+from expunge.config.tasks import AnyTaskConfig as AnyTaskConfig
+from expunge.config.tasks import ClipTaskConfig as ClipTaskConfig
+from expunge.config.tasks import TaskConfig as TaskConfig
+from expunge.data.spec import SurrogateSpec
 from expunge.digest import json_digest
 from expunge.errors import ConfigError, did_you_mean
 from expunge.files import confined
@@ -16,85 +18,12 @@ from expunge.method import build_recipe
 from expunge.metrics.lira import Lira
 from expunge.metrics.probe import Probe
 from expunge.metrics.relearn import Relearn
-from expunge.models.build import ModelSpec
-from expunge.models.clip import ClipSpec
-from expunge.models.normalize import Normalize
 from expunge.part import Frozen
 from expunge.recipe import Optim, Recipe
 from expunge.request import ForgetRequest
 from expunge.track import TrackerName
 
 Attack = Literal["mia", "mia_threshold", "mia_svc", "mia_scar", "mia_scar_published"]
-
-
-class MeanStd(Frozen):
-    """Normalisation by numbers: one value per channel, or one for all."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-class TaskConfig(Frozen):
-    """Model and data.
-
-    Args:
-        family: ``classifier``.
-        model: The network and its weights.
-        data: Training and test images.
-        normalize: Name (``cifar10``, ``imagenet`` ...), numbers, or null for none.
-        surrogate: Images of another domain, for methods that may not see the retain set.
-        eval_batch_size: Batch size of evaluation passes.
-        head: Name of the module whose inputs are the features; found by itself for models that end in a linear layer.
-    """
-
-    family: Literal["classifier"] = "classifier"
-    model: ModelSpec
-    data: DataSpec
-    normalize: str | MeanStd | None = None
-    surrogate: SurrogateSpec | None = None
-    eval_batch_size: int = Field(default=512, ge=1)
-    head: str | None = None
-
-    @field_validator("normalize")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            Normalize.named(value)
-        return value
-
-
-class ClipTaskConfig(Frozen):
-    """A two-tower model with captioned images.
-
-    Args:
-        family: ``clip``.
-        model: The model: the bundled ``canvas``, a local folder, a hub id or an open_clip name.
-        data: Captioned training and test images: ``canvas``, ``captions`` ...
-        axis: The label axis whose classes may be forgotten, such as ``object`` or ``style``; the main one by default.
-        templates: Prompts with ``{}`` instead of the axis' own.
-        forget_loss: ``cosine`` (1 - cos with the own caption), or ``contrastive`` as for all other images.
-        others: Further image sets that the model is tested on, by name, with classes of their own: ImageNet, CelebA,
-            any class folders.
-        eval_batch_size: Batch size of evaluation passes.
-    """
-
-    family: Literal["clip"]
-    model: ClipSpec = ClipSpec()
-    data: DataSpec
-    axis: str | None = None
-    templates: tuple[str, ...] | None = None
-    forget_loss: Literal["cosine", "contrastive"] = "cosine"
-    others: dict[str, ZeroShotSet] = Field(default_factory=dict)
-    eval_batch_size: int = Field(default=256, ge=1)
-
-
-def _family(value: Any) -> str:
-    return str(value.get("family", "classifier") if isinstance(value, dict) else getattr(value, "family", ""))
-
-
-AnyTaskConfig = Annotated[
-    Annotated[TaskConfig, Tag("classifier")] | Annotated[ClipTaskConfig, Tag("clip")], Discriminator(_family)
-]
 
 
 class RequestConfig(Frozen):
@@ -351,6 +280,7 @@ class TrainConfig(Frozen):
         optim: Fields that replace those of the published protocol.
         batch_size: Samples per step.
         label_smoothing: Share of every target that is spread evenly over all classes.
+        average: Decay of a moving average of the weights, which is then the result (diffusion models).
         seed: Seed of order, augmentation and dropout.
         exclude: What to leave out.
         statistics: Also write the class statistics that SCAR needs, ``<weights>.statistics.safetensors``: one pass over
@@ -364,6 +294,7 @@ class TrainConfig(Frozen):
     optim: dict[str, Any] = Field(default_factory=dict)
     batch_size: int = Field(default=256, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    average: float | None = Field(default=None, gt=0, lt=1)
     seed: int = 0
     exclude: RequestConfig | None = None
     statistics: bool = False

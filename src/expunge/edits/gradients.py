@@ -83,13 +83,14 @@ def sample_gradients(
     values, losses = _losses(ctx.task, parameters)
     wanted = batch.targets if targets is None else targets
 
-    def one(v: Tensors, x: Any, target: Tensor) -> Tensor:
-        single = replace(batch, inputs=x[None], targets=target[None], ids=batch.ids[:1], is_forget=batch.is_forget[:1])
+    def one(v: Tensors, x: Any, target: Tensor, i: int = 0) -> Tensor:
+        ids, is_forget = batch.ids[i : i + 1], batch.is_forget[i : i + 1]
+        single = replace(batch, inputs=x[None], targets=target[None], ids=ids, is_forget=is_forget)
         return losses(v, single, target[None]).sum()
 
     size = sum(t.numel() * t.element_size() for t in values.values())
     width = max(1, min(len(batch), CHUNK_BYTES // max(1, size)))
-    vectorised = width > 1
+    vectorised = width > 1 and not ctx.task.counts_draws  # draws follow ids, which are not vectorised over
     for start in range(0, len(batch), width):
         here = slice(start, min(start + width, len(batch)))
         if vectorised:
@@ -104,7 +105,7 @@ def sample_gradients(
                 yield here, found
                 continue
         for i in range(here.start, here.stop):
-            yield slice(i, i + 1), {n: g[None] for n, g in grad(one)(values, batch.inputs[i], wanted[i]).items()}
+            yield slice(i, i + 1), {n: g[None] for n, g in grad(one)(values, batch.inputs[i], wanted[i], i).items()}
 
 
 def _vectorised(one: Callable[..., Tensor], values: Tensors, x: Any, y: Tensor) -> Tensors:

@@ -44,7 +44,7 @@ def untrained(ctx: Context) -> Task:
     Info(
         "Imitate an untrained network on the forget samples and the original model on the others.",
         paper=_PAPER,
-        needs=("forget", "retain"),
+        needs=("forget", "retain", "logits"),
     ),
 )
 class BadTeacher(Objective):
@@ -86,7 +86,7 @@ class BadTeacher(Objective):
     Info(
         "Imitate an untrained network on the forget samples and the original model on the others.",
         paper=_PAPER,
-        needs=("forget", "retain"),
+        needs=("forget", "retain", "logits"),
         deviations=(
             "the whole retain set takes part; the authors draw a third of it",
             "the divergence is summed over classes and averaged over samples, as in the paper's equation",

@@ -30,7 +30,7 @@ INFO = Info(
     paper="Chen et al., Boundary Unlearning, CVPR 2023, arXiv 2303.11570",
     upstream=SALUN_CODE,
     commit=SALUN_COMMIT,
-    needs=("forget",),
+    needs=("forget", "logits"),
     deviations=(
         "the new label is never the true one, as in the paper; the code may keep it: `exclude_true`, `profile`",
         "normalisation statistics are frozen: `profile`",

@@ -38,7 +38,7 @@ OPTIM = Optim(
     Info(
         "Move away from the original model's outputs on the forget set, stay with them and the labels on the rest.",
         paper=_PAPER,
-        needs=("forget", "retain"),
+        needs=("forget", "retain", "logits"),
     ),
 )
 class Scrub(Objective):
@@ -85,7 +85,7 @@ class Scrub(Objective):
     Info(
         "Move away from the original model's outputs on the forget set, stay with them and the labels on the rest.",
         paper=_PAPER,
-        needs=("forget", "retain"),
+        needs=("forget", "retain", "logits"),
         deviations=(
             "normalisation statistics are frozen by default, so the very first forget pass has next to no gradient and "
             "`msteps` is 3 where the authors take 2: `optim.norm`",

@@ -48,7 +48,9 @@ class LoadReport:
     metadata: dict[str, str]
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False) -> LoadReport:
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, allow_nonfinite: bool = False, widen: bool = False
+) -> LoadReport:
     """Load a safetensors file into a model, all of it or nothing.
 
     Harmless differences are normalised and reported: the prefixes ``module.`` and ``_orig_mod.``, and tied tensors that
@@ -58,6 +60,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfin
         model: Receives the weights; unchanged if anything is wrong.
         path: A ``.safetensors`` file.
         allow_nonfinite: Accept NaN and infinite values.
+        widen: Accept half precision for a model in single precision, which loses nothing.
 
     Returns:
         What was read and what was normalised.
@@ -72,9 +75,19 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, allow_nonfin
     target = model.state_dict()
     state, tied = _with_ties(state, target, file)
     notes += tied
+    if widen:
+        state, more = _widened(state, target)
+        notes += more
     _check_match(state, target, file)
     model.load_state_dict(state, strict=True)
     return LoadReport(str(file), files.sha256_file(file), len(state), tuple(notes), metadata)
+
+
+def _widened(state: dict[str, Tensor], target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    half = (torch.float16, torch.bfloat16)
+    wanted = [n for n, t in state.items() if t.dtype in half and n in target and target[n].dtype == torch.float32]
+    notes = [f"{len(wanted)} tensors in half precision were widened"] if wanted else []
+    return {n: t.float() if n in wanted else t for n, t in state.items()}, notes
 
 
 def save_weights(

@@ -19,6 +19,7 @@ from expunge.metrics.describe import definitions
 from expunge.metrics.estimate import Estimate
 from expunge.report.contrastive import ContrastiveSection
 from expunge.report.embeddings import EmbeddingSection
+from expunge.report.samples import SamplesSection
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,6 +45,7 @@ def clean(text: object, limit: int = 2000) -> str:
 _PAGE_ONLY = frozenset({"mia_threshold", "attack_auc", "js_test", "kl_forget", "kl_test"}) | {
     *("zs_top1", "zs_macro", "zs_macro_all", "zs_top5", "fa5"),
     *("cross_axis_forget", "paired_cosine", "paired_cosine_retain"),
+    *("gen_cra_all", "fid_real", "kid_real", "pair_max", "lpips_64", "style_loss"),
 }
 
 
@@ -120,6 +122,7 @@ class Report:
         history: One mapping per logged step, with ``step`` and loss terms.
         embeddings: Maps of embeddings and changes of class distances, if they were made.
         contrastive: Layers, step search, neighbours and cosines of a two-tower model.
+        samples: What a generative model draws before and after.
         not_shown: What was not measured, and limits of what was.
         flags: Warnings to be read first.
         undo: Commands that restore the original model.
@@ -143,6 +146,7 @@ class Report:
     history: list[dict[str, Any]] = field(default_factory=list)
     embeddings: EmbeddingSection | None = None
     contrastive: ContrastiveSection | None = None
+    samples: SamplesSection | None = None
     not_shown: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     undo: list[str] = field(default_factory=list)
@@ -199,12 +203,14 @@ class Report:
             section = data.get("embeddings")
             maps = None if section is None else EmbeddingSection.from_dict(section)
             towers = data.get("contrastive")
+            drawn = data.get("samples")
             made = {
                 "rows": rows,
                 "class_accuracy": classes,
                 "confidence": histograms,
                 "embeddings": maps,
                 "contrastive": None if towers is None else ContrastiveSection.from_dict(towers),
+                "samples": None if drawn is None else SamplesSection.from_dict(drawn),
             }
             return cls(**{**data, **made})
         except (TypeError, KeyError, AttributeError, ValueError, ConfigError, DataError) as error:

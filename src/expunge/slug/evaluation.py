@@ -17,6 +17,7 @@ from expunge.models.towers import Tokens
 from expunge.slug.differentiate import Loader, Pairs
 from expunge.slug.probes import Further, SearchSet
 from expunge.tasks.clip import ClipTask
+from expunge.tasks.concepts import plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +63,11 @@ def targets_of(ctx: Context, task: ClipTask, concept: str, *, singly: bool) -> l
         if len(removed) < 2:
             raise RequestError("a layer for each concept needs a request that names two or more classes")
         labels = task.data.train.labels[forget]
-        return [Target(plain(task.classes[c]), forget[labels == c], c) for c in removed]
+        return [Target(plain(task.classes[c], lower=False), forget[labels == c], c) for c in removed]
     number = removed[0] if len(removed) == 1 else None
     concept = concept or ctx.split.concept
-    name = plain(concept) if concept or number is None else plain(task.classes[number])
+    name = plain(concept, lower=False) if concept or number is None else plain(task.classes[number], lower=False)
     return [Target(name, forget, number)]
-
-
-def plain(name: str) -> str:
-    """A class name as it stands in a text: blanks for underscores."""
-    return " ".join(name.replace("_", " ").split())
 
 
 def forget_pairs(ctx: Context, task: ClipTask, target: Target, batch_size: int, text: str) -> Loader:
@@ -145,7 +141,7 @@ def search_set(
     """
     prompts = task.prompts()
     templates = len(prompts[0])
-    known = {plain(c).lower(): i for i, c in enumerate(task.classes)}
+    known = {plain(c): i for i, c in enumerate(task.classes)}
     rows, labels, chosen, start = [], [], [], 0
     for target in targets:
         ids = drawn(ctx, "search forget", target.ids, forget_images)

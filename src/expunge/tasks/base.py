@@ -16,6 +16,7 @@ from expunge.metrics.outputs import ClassifierOutputs
 from expunge.request import ForgetRequest
 
 if TYPE_CHECKING:
+    from expunge.data.base import ImageSet
     from expunge.patch import Patch
     from expunge.report.model import Report
 
@@ -106,6 +107,8 @@ class Task(ABC):
         name: Family name, as registered.
         capabilities: What methods may rely on beyond ``loss`` and ``predict``: ``features``, ``head`` ...
         classes: Names of the classes, for tasks that have some.
+        counts_draws: Whether the loss draws (timesteps, noise) by the ids of a batch.
+        classifies: Whether ``predict`` gives logits over ``classes``.
         couples_samples: Whether the loss of a sample depends on the others in its batch; then a batch cannot be cut
             into pieces, and a single sample has no gradient of its own.
     """
@@ -115,6 +118,8 @@ class Task(ABC):
     capabilities: frozenset[str] = frozenset()
     classes: list[str] = []
     couples_samples: bool = False
+    counts_draws: bool = False
+    classifies: bool = False
 
     @abstractmethod
     def split(self, request: ForgetRequest) -> Split:
@@ -166,6 +171,23 @@ class Task(ABC):
     def device(self) -> torch.device:
         """Where the model lives."""
         return next((t.device for t in self.model.parameters()), torch.device("cpu"))
+
+    def training_digest(self) -> str:
+        """Digest of the training set that index files refer to.
+
+        Raises:
+            CapabilityError: There are no training samples.
+        """
+        raise CapabilityError(f"the {self.name} task has no training samples that an index file could name")
+
+    def with_surrogate(self, images: ImageSet) -> Task:
+        """The same model and data with other surrogate images.
+
+        Raises:
+            CapabilityError: The family takes none.
+        """
+        del images
+        raise CapabilityError(f"the {self.name} task takes no surrogate images")
 
     def observe(self, split: Split) -> Observed:
         """What the model as it is now says about every role that an evaluation reads; the model is left as found.

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from expunge.config.models import AnyTaskConfig, ClipTaskConfig, TaskConfig
+from typing import TYPE_CHECKING
+
+import torch
+
+from expunge.config.tasks import AnyTaskConfig, ClipTaskConfig, DdpmTaskConfig, TaskConfig, TextToImageTaskConfig
 from expunge.data import load_data
 from expunge.data.surrogate import load_surrogate
 from expunge.errors import ConfigError
 from expunge.models import Normalize, build_model
+from expunge.tasks.base import Task
 from expunge.tasks.classifier import ClassifierTask
 from expunge.tasks.images import ImageTask
 
+if TYPE_CHECKING:
+    from expunge.metrics.judge import Judge
 
-def make_task(config: AnyTaskConfig) -> ImageTask:
+
+def make_task(config: AnyTaskConfig) -> Task:
     """Build the model and load the data that a configuration names.
 
     Raises:
@@ -20,7 +28,11 @@ def make_task(config: AnyTaskConfig) -> ImageTask:
         DataError: Data missing or broken.
         ArtifactError: Weights missing, broken or of another model.
     """
-    return _clip(config) if isinstance(config, ClipTaskConfig) else _classifier(config)
+    if isinstance(config, ClipTaskConfig):
+        return _clip(config)
+    if isinstance(config, DdpmTaskConfig):
+        return _ddpm(config)
+    return _text_to_image(config) if isinstance(config, TextToImageTaskConfig) else _classifier(config)
 
 
 def _classifier(config: TaskConfig) -> ClassifierTask:
@@ -52,3 +64,58 @@ def _clip(config: ClipTaskConfig) -> ImageTask:
         others={name: spec.load() for name, spec in config.others.items()},
         eval_batch_size=config.eval_batch_size,
     )
+
+
+def _ddpm(config: DdpmTaskConfig) -> Task:
+    from expunge.models.ddpm import build_ddpm
+    from expunge.tasks.ddpm import DdpmTask
+
+    model, scheduler = build_ddpm(config.model)
+    return DdpmTask(
+        model,
+        scheduler,
+        load_data(config.data),
+        sampling=config.sampling,
+        condition_drop=config.condition_drop,
+        antithetic=config.antithetic,
+        eval_batch_size=config.eval_batch_size,
+    )
+
+
+def _text_to_image(config: TextToImageTaskConfig) -> Task:
+    from expunge.data.captions import Axis
+    from expunge.diffusion.asks import prompts_from_csv
+    from expunge.files import cache_dir
+    from expunge.models.pipelines import load_pipeline
+    from expunge.tasks.text_to_image import TextToImageTask
+
+    axes = None
+    if config.classes is not None:
+        name = config.axis or "concept"
+        axes = {name: Axis(torch.arange(len(config.classes)), config.classes, config.templates)}
+    return TextToImageTask(
+        load_pipeline(config.model),
+        None if config.data is None else load_data(config.data),
+        axis=config.axis,
+        axes=axes,
+        steps=config.steps,
+        guidance=config.guidance,
+        side=config.side,
+        virtual=config.virtual,
+        seed=config.seed,
+        sample_batch=config.sample_batch,
+        cache=cache_dir() / "latents",
+        asks=None if config.prompts is None else prompts_from_csv(config.prompts),
+        images_per_prompt=config.images_per_prompt,
+        judge=_judge(config.judge),
+    )
+
+
+def _judge(name: str | None) -> Judge | None:
+    if name is None:
+        return None
+    from expunge.data.canvas_draw import SHAPES, STYLES
+    from expunge.metrics.judge import HeadsJudge
+    from expunge.models.canvas_judge import load_judge
+
+    return HeadsJudge(load_judge(), {"object": list(SHAPES), "style": list(STYLES)})

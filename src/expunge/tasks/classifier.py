@@ -38,6 +38,7 @@ class ClassifierTask(ImageTask):
     """
 
     name = "classifier"
+    capabilities = frozenset({"logits"})
     optional_capabilities = frozenset({"surrogate", "val", "forget_test", "features"})
 
     def __init__(
@@ -52,7 +53,7 @@ class ClassifierTask(ImageTask):
         super().__init__(model, data, normalize, surrogate, eval_batch_size)
         self.head = find_head(model, self.n_classes) if head is None else check_head(model, head)
         has = {"surrogate": surrogate is not None, "features": self.head is not None}
-        self.capabilities = frozenset(name for name, given in has.items() if given)
+        self.capabilities = frozenset({"logits", *(name for name, given in has.items() if given)})
 
     def with_surrogate(self, images: ImageSet) -> ClassifierTask:
         """The same model and data with other surrogate images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional
 from expunge.data.base import Splits
 from expunge.data.captions import Axis, CaptionedImages
 from expunge.digest import json_digest
-from expunge.errors import DataError, RequestError, did_you_mean
+from expunge.errors import DataError, RequestError
 from expunge.metrics.contrastive import measure_zero_shot
 from expunge.metrics.estimate import Estimate
 from expunge.metrics.neighbours import neighbours
@@ -23,11 +23,12 @@ from expunge.models.towers import Tokens, Towers
 from expunge.registry import Info, registry
 from expunge.report.contrastive import ContrastiveSection, CosineMatrices
 from expunge.report.gallery import Picture, data_uri
-from expunge.request import Concept, ForgetRequest
+from expunge.request import ForgetRequest
 from expunge.restore import evaluating
 from expunge.slug.gradients import Pairs
 from expunge.slug.losses import forget_losses
 from expunge.tasks.base import Batch, Observed, Split
+from expunge.tasks.concepts import captioned_split, prompts_of
 from expunge.tasks.images import EVALUATED, ImageTask
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class ClipTask(ImageTask):
     """
 
     name = "clip"
-    capabilities = frozenset({"towers"})
+    capabilities = frozenset({"towers", "logits"})
     optional_capabilities = frozenset({"val", "forget_test"})
     couples_samples = True
 
@@ -130,34 +131,8 @@ class ClipTask(ImageTask):
         Raises:
             RequestError: The concept is a class of another axis, or no caption names it.
         """
-        if not isinstance(request.what, Concept):
-            return super().split(request)
-        text = _plain(request.what.text)
-        names = {_plain(name): name for name in self.classes}
-        if text in names:
-            known = ForgetRequest.label(names[text])
-            return super().split(request.model_copy(update={"what": known.what}))
-        for name, axis in self.axes.items():
-            if name != self.axis and text in {_plain(c) for c in axis.classes}:
-                raise RequestError(
-                    f"'{request.what.text}' is a class of the axis '{name}', not of '{self.axis}', this task's axis; "
-                    f"set task.axis to '{name}'"
-                )
-        train = self.data.train
-        assert isinstance(train, CaptionedImages)
-        found = train.mentioning(request.what.text)
-        if not len(found):
-            raise RequestError(
-                f"no caption of the {len(train)} training images names '{request.what.text}'"
-                f"{did_you_mean(text, [*names, *(c for a in self.axes.values() for c in a.classes)])}"
-            )
-        if request.retain is not None:
-            raise RequestError("a concept that captions name cannot be combined with retain indices")
-        train.require(found)
-        everything = torch.ones(len(train), dtype=torch.bool)
-        everything[found] = False
-        split = self._split(found, everything.nonzero().flatten(), ())
-        return replace(split, concept=" ".join(request.what.text.split()))
+        sets = {role: images for role, images in self._sets.items() if isinstance(images, CaptionedImages)}
+        return captioned_split(request, self.axis, self.axes, sets)
 
     def tokens(self, role: str, ids: Tensor) -> Tokens:
         """Token ids of the captions of samples, on the model's device."""
@@ -173,8 +148,7 @@ class ClipTask(ImageTask):
 
     def prompts(self, axis: str | Axis | None = None) -> list[list[str]]:
         """The zero-shot prompts of an axis of the data or of any other, one list per class."""
-        chosen = axis if isinstance(axis, Axis) else self.axes[axis or self.axis]
-        return [[t.format(_plain(name, lower=False)) for t in chosen.templates] for name in chosen.classes]
+        return prompts_of(axis if isinstance(axis, Axis) else self.axes[axis or self.axis])
 
     def classifier(self, axis: str | Axis | None = None) -> Tensor:
         """Text embeddings of the classes ``[C, D]``: normalised, averaged over the templates, normalised again."""
@@ -353,8 +327,3 @@ def class_means(embedded: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     members = functional.one_hot(labels, n_classes).to(embedded).T
     means: Tensor = members @ embedded / members.sum(1, keepdim=True).clamp(min=1)
     return means
-
-
-def _plain(name: str, *, lower: bool = True) -> str:
-    plain = " ".join(name.replace("_", " ").split())
-    return plain.lower() if lower else plain

@@ -22,6 +22,8 @@ class DiffusionTask(Task):
         process: Noise levels.
     """
 
+    classifies = False
+    counts_draws = True
     unet: nn.Module
     process: Process
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from expunge import rng
 from expunge.data.base import ImageSet, Splits
 from expunge.digest import json_digest
-from expunge.errors import CapabilityError, RequestError
 from expunge.metrics.outputs import ClassifierOutputs
-from expunge.request import ForgetRequest, Label, class_numbers
+from expunge.request import ForgetRequest
 from expunge.restore import evaluating
 from expunge.tasks.base import TRAIN_ROLES, Batch, Observed, Split, Task
+from expunge.tasks.concepts import index_sets, removed
 
 if TYPE_CHECKING:
     pass
@@ -34,6 +34,9 @@ class ImageTask(Task):
         surrogate: Images of another domain, for methods that may not see the retain set.
         eval_batch_size: Batch size of evaluation passes.
     """
+
+    classifies = True
+    data: Splits
 
     def __init__(
         self,
@@ -55,15 +58,6 @@ class ImageTask(Task):
         if surrogate is not None:
             self._sets["surrogate"] = surrogate
 
-    def with_surrogate(self, images: ImageSet) -> ImageTask:
-        """The same model and data with other surrogate images.
-
-        Raises:
-            CapabilityError: The family takes none.
-        """
-        del images
-        raise CapabilityError(f"the {self.name} task takes no surrogate images")
-
     def split(self, request: ForgetRequest) -> Split:
         """Index sets of a request: ``forget``, ``retain``, ``test`` and, where they exist, ``val``, ``forget_test``,
         ``surrogate``.
@@ -73,33 +67,18 @@ class ImageTask(Task):
         """  # noqa: D205
         forget, retain = request.resolve(self.data.train.labels, self.classes)
         self.data.train.require(forget)
-        gone = class_numbers(request.what.classes, self.classes) if isinstance(request.what, Label) else []
-        return self._split(forget, retain, gone)
+        return self._split(forget, retain, removed(request, self.classes))
 
     def everything(self) -> Split:
         """Index sets with nothing to forget."""
         return self._split(torch.empty(0, dtype=torch.int64), torch.arange(len(self.data.train)), [])
 
     def _split(self, forget: Tensor, retain: Tensor, gone: Sequence[int]) -> Split:
-        notes = []
-        readable = self.data.train.readable()
-        if len(readable) < len(self.data.train):
-            kept = retain[torch.isin(retain, readable)]
-            if len(kept) < len(retain):
-                notes.append(f"{len(retain) - len(kept)} unreadable images were left out of the retain set")
-            retain = kept
-        indices: dict[str, Tensor] = {"forget": forget, "retain": retain}
-        for role, images in self._sets.items():
-            if role != "train":
-                indices[role] = images.readable()
-        if gone:
-            of_class = torch.isin(self.data.test.labels[indices["test"]], torch.tensor(gone))
-            indices["forget_test"] = indices["test"][of_class]
-            indices["test"] = indices["test"][~of_class]
-        empty = [r for r, ids in indices.items() if not len(ids) and r != "forget"]
-        if empty:
-            raise RequestError(f"after this request no sample is left in: {', '.join(empty)}")
-        return Split(indices, tuple(notes), tuple(sorted(gone)))
+        return index_sets(self._sets, forget, retain, gone)
+
+    def training_digest(self) -> str:
+        """Digest of the training set that index files refer to."""
+        return self.data.train.digest
 
     def images_of(self, role: str) -> ImageSet:
         """The set that a role's ids index."""

@@ -102,9 +102,11 @@ def statistics(
     from expunge.cli.show import facts, say
     from expunge.config import TrainConfig
     from expunge.config.experiments import check_index_file
+    from expunge.config.models import TaskConfig
     from expunge.errors import ConfigError
     from expunge.experiment import make_task
     from expunge.features.statistics import ClassStatistics
+    from expunge.tasks.images import ImageTask
 
     if output.suffix != ".safetensors":
         raise ConfigError(f"class statistics are a .safetensors file, not {output.name!r}")
@@ -114,9 +116,12 @@ def statistics(
         raise ConfigError(f"--delta must be above 0, got {delta:g}")
     path, overrides = config_and_overrides(words)
     config = _any_config(path, overrides)
+    if not isinstance(config.task, TaskConfig):
+        raise ConfigError(f"{path}: class statistics are taken of classifiers, not of the {config.task.family} task")
     if config.task.model.weights is None and not config.task.model.pretrained:
         raise ConfigError(f"{path}: 'task.model.weights' names no file: class statistics belong to trained weights")
     task = make_task(config.task)
+    assert isinstance(task, ImageTask)
     exclude = config.exclude if isinstance(config, TrainConfig) else None
     if exclude is not None and exclude.index_file is not None:
         check_index_file(exclude.index_file, task.data.train.digest)

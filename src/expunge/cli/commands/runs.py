@@ -21,6 +21,7 @@ class Tour(StrEnum):
 
     digits = "digits"
     clip = "clip"
+    diffusion = "diffusion"
 
 
 Words = Annotated[list[str], _WORDS]
@@ -165,15 +166,17 @@ def train(
 
 @app.command()
 def demo(
-    which: Annotated[Tour, typer.Argument(help="digits: a classifier. clip: a small CLIP.")] = Tour.digits,
+    which: Annotated[
+        Tour, typer.Argument(help="digits: a classifier. clip: a small CLIP. diffusion: text to image.")
+    ] = Tour.digits,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for everything: runs/demo or runs/demo-clip."),
+        typer.Option("--output", "-o", help="Folder for everything; runs/demo, runs/demo-clip or runs/demo-diffusion."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer methods and epochs; figures mean less.")] = False,
     progress: Progress = True,
 ) -> None:
-    """A tour without downloads: digits (forget a class, then 10 % of the samples) or clip (an object and a style)."""
+    """A tour without downloads: digits (a class, 10 % of the samples); clip or diffusion (an object and a style)."""
     from expunge.cli.show import console, say
 
     def show(x: Any) -> None:
@@ -183,6 +186,10 @@ def demo(
         from expunge.demo.clip import run_clip_demo
 
         run_clip_demo(output or Path("runs/demo-clip"), quick=quick, progress=progress, say=show)
+    elif which is Tour.diffusion:
+        from expunge.demo.diffusion import run_diffusion_demo
+
+        run_diffusion_demo(output or Path("runs/demo-diffusion"), quick=quick, progress=progress, say=show)
     else:
         from expunge.demo.digits import run_demo
 

@@ -1,0 +1,158 @@
+"""Model and data of a configuration: one settings model per family."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from expunge.data.captioned_sets import ZeroShotSet
+from expunge.data.spec import DataSpec, SurrogateSpec
+from expunge.models.build import ModelSpec
+from expunge.models.clip import ClipSpec
+from expunge.models.ddpm import DdpmSpec
+from expunge.models.normalize import Normalize
+from expunge.models.pipelines import PipelineSpec
+from expunge.part import Frozen
+from expunge.tasks.ddpm import Sampling
+
+
+class MeanStd(Frozen):
+    """Normalisation by numbers: one value per channel, or one for all."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class TaskConfig(Frozen):
+    """Model and data.
+
+    Args:
+        family: ``classifier``.
+        model: The network and its weights.
+        data: Training and test images.
+        normalize: Name (``cifar10``, ``imagenet`` ...), numbers, or null for none.
+        surrogate: Images of another domain, for methods that may not see the retain set.
+        eval_batch_size: Batch size of evaluation passes.
+        head: Name of the module whose inputs are the features; found by itself for models that end in a linear layer.
+    """
+
+    family: Literal["classifier"] = "classifier"
+    model: ModelSpec
+    data: DataSpec
+    normalize: str | MeanStd | None = None
+    surrogate: SurrogateSpec | None = None
+    eval_batch_size: int = Field(default=512, ge=1)
+    head: str | None = None
+
+    @field_validator("normalize")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            Normalize.named(value)
+        return value
+
+
+class ClipTaskConfig(Frozen):
+    """A two-tower model with captioned images.
+
+    Args:
+        family: ``clip``.
+        model: The model: the bundled ``canvas``, a local folder, a hub id or an open_clip name.
+        data: Captioned training and test images: ``canvas``, ``captions`` ...
+        axis: The label axis whose classes may be forgotten, such as ``object`` or ``style``; the main one by default.
+        templates: Prompts with ``{}`` instead of the axis' own.
+        forget_loss: ``cosine`` (1 - cos with the own caption), or ``contrastive`` as for all other images.
+        others: Further image sets that the model is tested on, by name, with classes of their own: ImageNet, CelebA,
+            any class folders.
+        eval_batch_size: Batch size of evaluation passes.
+    """
+
+    family: Literal["clip"]
+    model: ClipSpec = ClipSpec()
+    data: DataSpec
+    axis: str | None = None
+    templates: tuple[str, ...] | None = None
+    forget_loss: Literal["cosine", "contrastive"] = "cosine"
+    others: dict[str, ZeroShotSet] = Field(default_factory=dict)
+    eval_batch_size: int = Field(default=256, ge=1)
+
+
+class DdpmTaskConfig(Frozen):
+    """A class-conditional diffusion model with labelled images.
+
+    Args:
+        family: ``ddpm``.
+        model: The network and its noise levels.
+        data: Training and test images.
+        sampling: How images are drawn when the model is evaluated.
+        condition_drop: Share of the training samples that lose their class.
+        antithetic: Times come in pairs ``t`` and ``T - 1 - t``, as published.
+        eval_batch_size: Batch size of evaluation passes.
+    """
+
+    family: Literal["ddpm"]
+    model: DdpmSpec = DdpmSpec()
+    data: DataSpec
+    sampling: Sampling = Sampling()
+    condition_drop: float = Field(default=0.1, ge=0, lt=1)
+    antithetic: bool = False
+    eval_batch_size: int = Field(default=256, ge=1)
+
+
+class TextToImageTaskConfig(Frozen):
+    """A text-to-image pipeline with captioned images, or with prompts alone.
+
+    Args:
+        family: ``text_to_image``.
+        model: The pipeline.
+        data: Captioned images: ``canvas``, ``captions``. Without them methods that need images are refused.
+        axis: The label axis whose classes may be forgotten; the main one by default.
+        classes: Without images: the classes of the axis.
+        templates: Without images: prompts with ``{}`` for the name.
+        prompts: CSV file with ``prompt``, ``evaluation_seed``, ``case_number``: what an evaluation draws; by default
+            every prompt of the axis.
+        steps: Steps of the sampler.
+        guidance: Weight of classifier-free guidance.
+        side: Pixels along one side; that of the pipeline by default.
+        virtual: Number of virtual samples, for methods without images.
+        seed: Seed of the noise.
+        sample_batch: Images that are drawn at once.
+        images_per_prompt: Of an evaluation.
+        judge: ``canvas``: the bundled classifier of drawn objects and styles says what images show.
+    """
+
+    family: Literal["text_to_image"]
+    model: PipelineSpec = PipelineSpec()
+    data: DataSpec | None = None
+    axis: str | None = None
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] = ("{}",)
+    prompts: str | None = None
+    steps: int = Field(default=50, ge=1)
+    guidance: float = Field(default=7.5, ge=0)
+    side: int | None = Field(default=None, ge=8)
+    virtual: int = Field(default=4096, ge=1)
+    seed: int = 0
+    sample_batch: int = Field(default=16, ge=1)
+    images_per_prompt: int = Field(default=1, ge=1)
+    judge: Literal["canvas"] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> TextToImageTaskConfig:
+        if (self.data is None) == (self.classes is None):
+            raise ValueError("give 'data' (captioned images), or 'classes' (names) for a task without images")
+        return self
+
+
+def _family(value: Any) -> str:
+    return str(value.get("family", "classifier") if isinstance(value, dict) else getattr(value, "family", ""))
+
+
+AnyTaskConfig = Annotated[
+    Annotated[TaskConfig, Tag("classifier")]
+    | Annotated[ClipTaskConfig, Tag("clip")]
+    | Annotated[DdpmTaskConfig, Tag("ddpm")]
+    | Annotated[TextToImageTaskConfig, Tag("text_to_image")],
+    Discriminator(_family),
+]

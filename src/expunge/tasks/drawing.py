@@ -1,0 +1,103 @@
+"""Text-to-image tasks that are judged by the images they draw."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from expunge.data.captions import Axis, mentions
+from expunge.diffusion.asks import Ask
+from expunge.diffusion.generate import generate
+from expunge.errors import CapabilityError
+from expunge.metrics.estimate import Estimate
+from expunge.metrics.generative import measure_generated
+from expunge.metrics.judge import GeneratedObserved, Judge, observe_generated
+from expunge.metrics.outputs import ClassifierOutputs
+from expunge.report.samples import samples_section
+from expunge.tasks.base import Observed, Split
+from expunge.tasks.concepts import plain
+from expunge.tasks.pipeline import PipelineTask
+
+if TYPE_CHECKING:
+    from expunge.patch import Patch
+    from expunge.report.model import Report
+
+
+class DrawingTask(PipelineTask):
+    """A pipeline with prompts to draw and a judge of what it draws.
+
+    Attributes:
+        asks: What an evaluation draws.
+        judge: Says what images show; without one there is no evaluation.
+        axis: The label axis whose classes may be forgotten.
+        axes: All label axes.
+    """
+
+    asks: Sequence[Ask]
+    judge: Judge | None
+    axis: str
+    axes: dict[str, Axis]
+
+    def observe(self, split: Split) -> Observed:
+        """Draw images and show them to the judge; ``forget`` are those asked for what goes, ``test`` the others.
+
+        Equal noise for equal asks, whatever the model. A concept that is no class counts as asked for by every prompt
+        that names it.
+
+        Raises:
+            CapabilityError: The task has no judge, or it does not know the axis or its classes.
+        """
+        if self.judge is None or self.axis not in self.judge.classes:
+            knows = "there is none" if self.judge is None else f"it knows {', '.join(self.judge.classes)}"
+            raise CapabilityError(f"an evaluation needs a judge of the axis '{self.axis}'; {knows}")
+        for axis, names in self.judge.classes.items():
+            if axis in self.axes and [plain(n) for n in names] != [plain(n) for n in self.axes[axis].classes]:
+                raise CapabilityError(f"the judge's classes of the axis '{axis}' are not those of the task")
+        images = generate(self.sample, self.asks, batch_size=self.sample_batch)
+        seen = observe_generated(self.judge, images, self.asks)
+        if split.removed or not split.concept:
+            return Observed(seen.outputs(self.axis, split.removed), seen)
+        whole = seen.outputs(self.axis, ())["test"]
+        asked = np.array([mentions(self.asks[i].prompt, split.concept) for i in whole.ids])
+        parts = {"forget": asked, "test": ~asked}
+        outputs = {
+            role: ClassifierOutputs(logits=whole.table[rows], labels=whole.labels[rows], ids=whole.ids[rows])
+            for role, rows in parts.items()
+            if rows.any()
+        }
+        return Observed(outputs, seen)
+
+    def further_metrics(self, split: Split, seen: Observed) -> dict[str, Estimate]:
+        """UA, IRA and CRA of the drawn images and, with images at hand, distances to test images that stay."""
+        return self._measured(split, seen.extra, None)
+
+    def describe(
+        self, report: Report, split: Split, before: Observed, after: Observed | None, patch: Patch | None
+    ) -> None:
+        """Drawn images before and after, from the same noise, and what changed in images that should stay."""
+        if after is None:
+            return
+        columns = {"original": before.extra, "after forgetting": after.extra}
+        report.samples = samples_section(
+            columns,
+            axis=self.axis,
+            forgotten=split.removed,
+            metrics={
+                "original": self._measured(split, before.extra, None),
+                "after forgetting": self._measured(split, after.extra, before.extra),
+            },
+            note=f"{type(self.parts.scheduler).__name__}, {self.steps} steps, guidance {self.guidance:g}",
+        )
+
+    def _measured(self, split: Split, seen: GeneratedObserved, before: GeneratedObserved | None) -> dict[str, Estimate]:
+        x = self.kept_images(split)
+        real = None if x is None or self.judge is None else self.judge.features(x).float().cpu().numpy()
+        return measure_generated(seen, axis=self.axis, forgotten=split.removed, before=before, real=real)
+
+    @abstractmethod
+    def kept_images(self, split: Split) -> Tensor | None:
+        """Real images ``[N, 3, H, W]`` in [0, 1] of what stays, if there are any."""

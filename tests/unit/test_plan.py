@@ -1,0 +1,236 @@
+"""Predictions for full-size pipelines, from shapes on the meta device."""
+
+import pytest
+import torch
+
+from expunge.diffusion.nullspace import capacity, predicted_rank
+from expunge.diffusion.plan import directions, megabytes, passes_of, plan, rows, table
+from expunge.diffusion.selection import key_value, matrices
+from expunge.diffusion.shapes import KNOWN, SHAPES, Shape, count, one_pass, shape_of
+from expunge.diffusion.shift import storage
+from expunge.errors import ArtifactError, CapabilityError, RequestError
+from expunge.method import build_recipe
+from expunge.tasks.tiny_text_to_image import tiny_parts
+
+
+def recipe(name, **settings):
+    return build_recipe({"method": name, **settings})
+
+
+#: Small enough to be counted in an instant.
+SMALL = Shape(
+    "small",
+    {
+        "sample_size": 32,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    },
+    (
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 16,
+            "vocab_size": 100,
+        },
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def full():
+    return SHAPES["sd-1"].build()
+
+
+@pytest.fixture(scope="module")
+def srs_me():
+    return plan(recipe("srs_me"), SHAPES["sd-1"], protected=9, speed=1e14)
+
+
+def test_the_full_size_u_net_has_the_published_counts(full):
+    assert count(full.unet) == 859_520_964
+    assert all(p.is_meta for p in full.parameters())
+    weights = key_value(full.unet)
+    assert len(weights) == 32
+    assert sum(p.numel() for p in weights.values()) == 19_169_280
+    assert {p.shape[1] for p in weights.values()} == {768}
+    assert count(full.text_encoder) == 123_060_480
+
+
+@pytest.mark.parametrize(
+    ("name", "unet", "projections", "text"),
+    [("sd-2", 865_910_724, 32, 340_387_840), ("sd-xl", 2_567_463_684, 140, 817_720_320)],
+)
+def test_other_versions(name, unet, projections, text):
+    model = SHAPES[name].build()
+    assert count(model.unet) == unet
+    assert len(key_value(model.unet)) == projections
+    assert count(model) - unet == text
+
+
+def test_capacities_are_those_of_the_paper():
+    shape = SHAPES["sd-1"]
+    left = [directions(shape, m) for m in range(10)]
+    assert left == [691, 615, 539, 463, 387, 311, 235, 159, 83, 7]
+    with pytest.raises(RequestError, match="at most 9 fit"):
+        directions(shape, 10)
+    assert directions(SHAPES["sd-2"], 12) > 0
+    assert directions(SHAPES["sd-xl"], 25) > 0
+    with pytest.raises(RequestError, match="at most 25 fit"):
+        directions(SHAPES["sd-xl"], 26)
+
+
+def test_predicted_directions_are_those_of_states():
+    """Random states with the prefix rule of a causal encoder: shared first token, nothing else."""
+    parts = tiny_parts()
+    shape = Shape("tiny", {"cross_attention_dim": 64}, ({"max_position_embeddings": 16},))
+    ids = parts.tokenizer(["", "star", "moon"], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        states = torch.cat([parts.text_encoder(row[None]).last_hidden_state for row in ids])
+    assert predicted_rank(ids) == 16 + 2 * 15
+    assert directions(shape, 2) == 64 - predicted_rank(ids) == capacity(states, tolerance=1e-9).left
+
+
+def test_srs_me_trains_coefficients_and_ships_shifts(srs_me, full):
+    found = srs_me
+    assert found.directions == 7
+    assert found.changed == 19_169_280
+    assert found.trained == 7 * 24_960
+    assert found.patch_bytes == 4 * 7 * (24_960 + 32 * 768)
+    assert (found.passes.graded, found.passes.free) == (1, 2)
+    assert storage(matrices(key_value(full.unet)), 691).smallest == 76_677_120
+    wide = Shape("wide", {**SMALL.unet, "cross_attention_dim": 768}, SMALL.text)
+    assert plan(recipe("srs_me", protect=["a", "b"], watermarks=["w", "a"]), wide).directions == 768 - 16 - 3 * 15
+
+
+def test_esd_samples_before_every_step():
+    """As the specification counts: about 52 evaluations per step, one of them graded."""
+    found = plan(recipe("esd"), SMALL, speed=1e14)
+    assert found.passes.graded == 1
+    assert 50 <= found.passes.free <= 53
+    assert found.seconds == pytest.approx(found.steps * found.flops / 1e14)
+    images = plan(recipe("esd", x_t="images"), SMALL)
+    assert images.flops < found.flops / 10
+    assert images.passes.free == 2
+
+
+def test_closed_forms_need_neither_gradients_nor_steps():
+    found = plan(recipe("uce"), SHAPES["sd-1"])
+    assert found.steps == found.trained == 0
+    assert list(found.memory) == ["weights, float32"]
+    assert found.changed == 19_169_280
+    assert found.peak == 4 * (859_520_964 + 123_060_480)
+
+
+def test_memory_follows_what_is_trained_and_how():
+    base = recipe("fine_tune", batch_size=1)
+    whole = plan(base, SMALL)
+    assert whole.trained == count(SMALL.build())
+    assert whole.memory["gradients"] == 4 * whole.trained
+    small = plan(base.replace(space={"kind": "unet_set", "parameters": "kv"}), SMALL)
+    assert small.trained == sum(p.numel() for p in key_value(SMALL.build().unet).values())
+    assert small.peak - small.memory["activations"] < (whole.peak - whole.memory["activations"]) / 2
+    assert small.memory["activations"] < whole.memory["activations"]
+    adam = plan(base.replace(optim={"name": "adam"}), SMALL)
+    assert adam.memory["optimiser"] == 2 * whole.memory["optimiser"]
+    half = plan(base.replace(optim={"precision": "bf16"}), SMALL)
+    assert half.memory["activations"] < 0.7 * whole.memory["activations"]
+    four = plan(recipe("fine_tune", batch_size=4), SMALL)
+    assert four.memory["activations"] == 4 * whole.memory["activations"]
+    cut = plan(recipe("fine_tune", batch_size=4).replace(optim={"micro_batch": 1}), SMALL)
+    assert cut.memory["activations"] == whole.memory["activations"]
+    assert cut.flops == four.flops
+
+
+def test_masks_hold_back_weights_only():
+    found = plan(recipe("salun", on="random_label", batch_size=1), SMALL)
+    assert found.changed == found.trained // 2
+    assert "mask" in " ".join(found.notes)
+
+
+def test_steps_follow_the_sizes():
+    one = recipe("fine_tune", batch_size=10)
+    few = plan(one, SMALL, sizes={"retain": 40})
+    assert few.steps == 4 * one.optim.epochs
+    assert few.samples == 10
+    assert plan(one.replace(optim={"max_steps": 3}), SMALL).steps == 3
+
+
+def test_counted_operations_and_saved_bytes_are_the_real_ones():
+    """Against a run with real tensors: its operations, and the growth of saved tensors with the math of attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    parts = tiny_parts()
+    config = dict(parts.unet.config)
+    meta = Shape("tiny", config, (parts.text_encoder.config.to_dict(),)).build()
+    found = one_pass(meta.unet, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        parts.unet(torch.randn(1, 4, 8, 8), torch.tensor([1]), encoder_hidden_states=torch.randn(1, 77, 64))
+    assert found.flops == counter.get_total_flops()
+    weights = {p.data_ptr() for p in parts.unet.parameters()}
+    seen = {}
+
+    def note(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        parts.unet(torch.randn(1, 4, 8, 8), torch.tensor([1]), encoder_hidden_states=torch.randn(1, 77, 64))
+    real = sum(x.untyped_storage().nbytes() for x in seen.values())
+    assert found.saved == pytest.approx(real, rel=0.15)
+
+
+def test_shapes_come_from_names_and_folders(tmp_path):
+    assert shape_of("CompVis/stable-diffusion-v1-4") is SHAPES["sd-1"]
+    assert set(KNOWN.values()) <= set(SHAPES)
+    parts = tiny_parts(kind="xl")
+    parts.pipeline().save_pretrained(tmp_path / "xl")
+    shape = shape_of(str(tmp_path / "xl"))
+    assert count(shape.build()) == count(parts.model())
+    assert (shape.width, shape.tokens) == (128, 16)
+    assert plan(recipe("fine_tune"), shape).unet == count(parts.unet)
+    with pytest.raises(ArtifactError, match="CompVis"):
+        shape_of(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("srs_me", {}),
+        ("cie", {}),
+        ("esd", {"parameters": "u"}),
+        ("uce", {}),
+        ("ablating_concepts", {}),
+        ("forget_me_not", {}),
+        ("random_label", {}),
+        ("barrier", {"targets": ["attn2.to_k"]}),
+    ],
+)
+def test_every_method_for_text_to_image_has_a_plan(name, settings):
+    found = plan(recipe(name, **settings), SMALL)
+    assert 0 < found.changed <= found.unet + found.text
+    assert found.peak >= 4 * (found.unet + found.text)
+    assert found.steps or not found.trained
+
+
+def test_what_cannot_be_told_is_said():
+    with pytest.raises(CapabilityError, match="'proximal'"):
+        plan(recipe("l1_sparse").replace(space={"kind": "proximal"}), SHAPES["sd-1"])
+    assert passes_of(recipe("fine_tune")).graded == 1
+
+
+def test_the_table_says_it_in_words(srs_me):
+    found = srs_me
+    shown = dict(rows(found))
+    assert shown["U-Net, weights"] == "859,520,964"
+    assert shown["directions left by protected prompts"] == "7"
+    assert shown["patch, at most"] == "1.4 MB"
+    assert table(found).row_count == len(shown)
+    assert megabytes(2_500_000_000) == "2.50 GB"
