@@ -100,6 +100,50 @@ class DdpmTaskConfig(Frozen):
     eval_batch_size: int = Field(default=256, ge=1)
 
 
+class JudgeSpec(Frozen):
+    """A classifier that names what drawn images show, along one label axis.
+
+    Args:
+        model: The network and its weights, as ``expunge train`` or timm has them; classes in the order of the axis.
+        size: Side that images are resized to, without a crop; ``input_shape`` of the model by default.
+        normalize: Name of the normalisation.
+    """
+
+    model: ModelSpec
+    size: int | None = Field(default=None, ge=1)
+    normalize: str = "half"
+
+    @field_validator("normalize")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        Normalize.named(value)
+        return value
+
+    @model_validator(mode="after")
+    def _trained(self) -> JudgeSpec:
+        if self.model.weights is None and not self.model.pretrained:
+            raise ValueError("a judge needs 'model.weights'; an untrained one judges nothing")
+        return self
+
+
+class FurtherFigures(Frozen):
+    """Figures of drawn images that need models of their own; one whose weights are not at hand is reported as not run.
+
+    Args:
+        clip: Two-tower model of the CLIP score.
+        lpips: Weights file of the AlexNet behind LPIPS.
+        style: Weights file of the VGG-19 behind the style loss.
+        nudity: Count detections of NudeNet.
+        threshold: Its threshold.
+    """
+
+    clip: ClipSpec | None = None
+    lpips: str | None = None
+    style: str | None = None
+    nudity: bool = False
+    threshold: float = Field(default=0.6, gt=0, lt=1)
+
+
 class TextToImageTaskConfig(Frozen):
     """A text-to-image pipeline with captioned images, or with prompts alone.
 
@@ -119,7 +163,9 @@ class TextToImageTaskConfig(Frozen):
         seed: Seed of the noise.
         sample_batch: Images that are drawn at once.
         images_per_prompt: Of an evaluation.
-        judge: ``canvas``: the bundled classifier of drawn objects and styles says what images show.
+        judge: What says what images show: ``canvas`` (the bundled classifier of drawn objects and styles), or a
+            classifier per axis (UnlearnCanvas: one of styles, one of objects).
+        figures: Further figures of drawn images: CLIP score, LPIPS, style loss, nudity.
     """
 
     family: Literal["text_to_image"]
@@ -136,7 +182,8 @@ class TextToImageTaskConfig(Frozen):
     seed: int = 0
     sample_batch: int = Field(default=16, ge=1)
     images_per_prompt: int = Field(default=1, ge=1)
-    judge: Literal["canvas"] | None = None
+    judge: Literal["canvas"] | dict[str, JudgeSpec] | None = None
+    figures: FurtherFigures = FurtherFigures()
 
     @model_validator(mode="after")
     def _something(self) -> TextToImageTaskConfig:

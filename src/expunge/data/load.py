@@ -28,6 +28,10 @@ def load_data(spec: DataSpec) -> Splits:
         DataError: The data are missing, unreadable or inconsistent.
     """
     train, test, source = read_parts(spec)
+    if spec.axis is not None:
+        assert isinstance(train, CaptionedImages)
+        assert isinstance(test, CaptionedImages)
+        train, test = train.along(spec.axis), test.along(spec.axis)
     train = _finished(train, spec, spec.limit)
     test = _finished(test, spec, spec.test_limit)
     val = None

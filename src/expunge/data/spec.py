@@ -45,6 +45,7 @@ class DataSpec(Frozen):
         names: ``captions``: the classes, as names that captions may mention; a list, or a file with one per line. For
             CelebA, the people whose images are taken.
         templates: ``captions``: prompts with ``{}`` for the name.
+        axis: ``canvas``, ``captions``: the label axis that gives the classes; the main one by default.
     """
 
     name: str = "digits"
@@ -68,6 +69,7 @@ class DataSpec(Frozen):
     identities: str | None = None
     names: str | tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
+    axis: str | None = None
 
     @model_validator(mode="after")
     def _of_captions(self) -> DataSpec:
@@ -75,6 +77,8 @@ class DataSpec(Frozen):
         lost = [k for k in own if getattr(self, k) is not None]
         if lost and self.name != "captions":
             raise ValueError(f"{lost} would have no effect for {self.name!r}; they belong to 'captions'")
+        if self.axis is not None and self.name not in ("captions", "canvas"):
+            raise ValueError(f"'axis' would have no effect for {self.name!r}; it belongs to 'canvas' and 'captions'")
         if self.identities is not None and self.test_path is None:
             raise ValueError("'identities' names the images in 'test_path', which is missing")
         return self

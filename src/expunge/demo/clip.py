@@ -13,7 +13,7 @@ from typing import Any
 
 from expunge import experiment
 from expunge.config import RunConfig, Source, parse_config, resolved_yaml
-from expunge.demo.common import Say, fresh_folder, one_thread, undo_on_files
+from expunge.demo.common import Say, few_threads, fresh_folder, undo_on_files
 from expunge.digest import model_digest
 from expunge.evaluation import Candidate, controls, evaluate
 from expunge.models.weights import save_weights
@@ -74,11 +74,11 @@ def run_clip_demo(
     fresh_folder(folder)
     start = time.perf_counter()
     methods = dict(list(METHODS.items())[:1]) if quick else METHODS
-    size = {"limit": 480, "test_limit": 240} if quick else {"limit": 960, "test_limit": 960}
+    size = {"limit": 480, "test_limit": 240} if quick else {"limit": 960, "test_limit": 720}
     reports: dict[str, Report] = {}
     patches: dict[str, dict[str, Path]] = {}
     weights = folder / "original.safetensors"
-    with one_thread():
+    with few_threads(2):
         say("1. A small CLIP, trained on drawn pictures of eight objects in six styles, comes with the package.")
         for number, (axis, concept) in enumerate(CONCEPTS.items(), start=2):
             task, config = _part(axis, concept, size, "slug", METHODS["slug"])

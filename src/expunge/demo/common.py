@@ -49,10 +49,10 @@ def undo_on_files(folder: Path, weights: Path, patches: list[Path], say: Say) ->
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on several threads."""
+def few_threads(most: int = 1) -> Iterator[None]:
+    """Networks this small are slower on many threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(most, threads))
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 from expunge import experiment
 from expunge.config import RunConfig, Source, parse_config, resolved_yaml
-from expunge.demo.common import Say, fresh_folder, one_thread, undo_on_files
+from expunge.demo.common import Say, few_threads, fresh_folder, undo_on_files
 from expunge.digest import model_digest
 from expunge.evaluation import Candidate, controls, evaluate
 from expunge.models.weights import save_weights
@@ -89,7 +89,7 @@ def run_diffusion_demo(
     reports: dict[str, Report] = {}
     patches: dict[str, dict[str, Path]] = {}
     weights = folder / "original.safetensors"
-    with one_thread():
+    with few_threads():
         say("1. A tiny text-to-image pipeline (drawn pictures of eight objects in six styles) comes with the package.")
         for number, (axis, concept) in enumerate(CONCEPTS.items(), start=2):
             methods = methods_of(axis)

@@ -12,7 +12,7 @@ from typing import Any
 
 from expunge import experiment
 from expunge.config import RunConfig, Source, TrainConfig, parse_config, resolved_yaml
-from expunge.demo.common import Say, fresh_folder, one_thread, undo_on_files
+from expunge.demo.common import Say, few_threads, fresh_folder, undo_on_files
 from expunge.evaluation import Candidate, controls, evaluate
 from expunge.patch import Patch
 from expunge.report.model import Report
@@ -99,7 +99,7 @@ def run_demo(
     folder = Path(output)
     fresh_folder(folder)
     start = time.perf_counter()
-    with one_thread():
+    with few_threads():
         say("1. Train a small network on 8x8 digits.")
         training = {**TRAINING, **({"epochs": 6} if quick else {})}
         weights = folder / "original.safetensors"

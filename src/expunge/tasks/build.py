@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from expunge.config.tasks import AnyTaskConfig, ClipTaskConfig, DdpmTaskConfig, TaskConfig, TextToImageTaskConfig
-from expunge.data import load_data
+from expunge.config.tasks import (
+    AnyTaskConfig,
+    ClipTaskConfig,
+    DdpmTaskConfig,
+    FurtherFigures,
+    JudgeSpec,
+    TaskConfig,
+    TextToImageTaskConfig,
+)
+from expunge.data import DataSpec, load_data
+from expunge.data.captions import CaptionedImages
 from expunge.data.surrogate import load_surrogate
 from expunge.errors import ConfigError
 from expunge.models import Normalize, build_model
@@ -16,6 +27,7 @@ from expunge.tasks.classifier import ClassifierTask
 from expunge.tasks.images import ImageTask
 
 if TYPE_CHECKING:
+    from expunge.metrics.generative import Tools
     from expunge.metrics.judge import Judge
 
 
@@ -107,15 +119,62 @@ def _text_to_image(config: TextToImageTaskConfig) -> Task:
         cache=cache_dir() / "latents",
         asks=None if config.prompts is None else prompts_from_csv(config.prompts),
         images_per_prompt=config.images_per_prompt,
-        judge=_judge(config.judge),
+        judge=_judge(config),
+        tools=_tools(config.figures),
     )
 
 
-def _judge(name: str | None) -> Judge | None:
-    if name is None:
+def _judge(config: TextToImageTaskConfig) -> Judge | None:
+    if config.judge is None:
         return None
+    if isinstance(config.judge, dict):
+        return _judges(config, config.judge)
     from expunge.data.canvas_draw import SHAPES, STYLES
     from expunge.metrics.judge import HeadsJudge
     from expunge.models.canvas_judge import load_judge
 
     return HeadsJudge(load_judge(), {"object": list(SHAPES), "style": list(STYLES)})
+
+
+def _judges(config: TextToImageTaskConfig, specs: Mapping[str, JudgeSpec]) -> Judge:
+    from expunge.metrics.judge import JointJudge, resized
+    from expunge.models.class_judge import ClassJudge
+
+    names = {config.axis or "concept": config.classes} if config.data is None else _axes(config.data)
+    judges = []
+    for axis, spec in specs.items():
+        known = names.get(axis)
+        if known is None:
+            raise ConfigError(f"task.judge names the axis {axis!r}; there are: {', '.join(names)}")
+        if spec.model.n_classes != len(known):
+            raise ConfigError(f"task.judge.{axis} has {spec.model.n_classes} classes, the axis {len(known)}")
+        size, scale = spec.size or spec.model.input_shape[1], Normalize.named(spec.normalize)
+        model = build_model(spec.model).eval().requires_grad_(False)
+        channels = spec.model.input_shape[0]
+        judges.append(
+            ClassJudge(model, known, channels, lambda x, s=size, n=scale: n(resized(x, s)), axis)  # type: ignore[misc]
+        )
+    return JointJudge(tuple(judges))
+
+
+def _axes(spec: DataSpec) -> dict[str, tuple[str, ...]]:
+    train = load_data(spec).train
+    axes = train.axes if isinstance(train, CaptionedImages) else {}
+    return {name: axis.classes for name, axis in axes.items()}
+
+
+def _tools(figures: FurtherFigures) -> Tools:
+    from expunge.metrics.backbones import load_lpips, load_vgg19
+    from expunge.metrics.detector import load_nudenet
+    from expunge.metrics.generative import Tools, tool_or_reason
+    from expunge.models.clip import load_clip
+
+    clip, lpips, style = figures.clip, figures.lpips, figures.style
+    return Tools(
+        clip=None if clip is None else tool_or_reason(lambda: load_clip(clip)),
+        clip_name="" if clip is None else clip.name,
+        lpips=None if lpips is None else tool_or_reason(lambda: load_lpips(Path(lpips))),
+        style=None if style is None else tool_or_reason(lambda: load_vgg19(Path(style))),
+        detector=tool_or_reason(load_nudenet) if figures.nudity else None,
+        threshold=figures.threshold,
+    )

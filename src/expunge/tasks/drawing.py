@@ -14,7 +14,7 @@ from expunge.diffusion.asks import Ask
 from expunge.diffusion.generate import generate
 from expunge.errors import CapabilityError
 from expunge.metrics.estimate import Estimate
-from expunge.metrics.generative import measure_generated
+from expunge.metrics.generative import Tools, measure_generated
 from expunge.metrics.judge import GeneratedObserved, Judge, observe_generated
 from expunge.metrics.outputs import ClassifierOutputs
 from expunge.report.samples import samples_section
@@ -35,12 +35,14 @@ class DrawingTask(PipelineTask):
         judge: Says what images show; without one there is no evaluation.
         axis: The label axis whose classes may be forgotten.
         axes: All label axes.
+        tools: Models for further figures.
     """
 
     asks: Sequence[Ask]
     judge: Judge | None
     axis: str
     axes: dict[str, Axis]
+    tools: Tools | None = None
 
     def observe(self, split: Split) -> Observed:
         """Draw images and show them to the judge; ``forget`` are those asked for what goes, ``test`` the others.
@@ -96,7 +98,9 @@ class DrawingTask(PipelineTask):
     def _measured(self, split: Split, seen: GeneratedObserved, before: GeneratedObserved | None) -> dict[str, Estimate]:
         x = self.kept_images(split)
         real = None if x is None or self.judge is None else self.judge.features(x).float().cpu().numpy()
-        return measure_generated(seen, axis=self.axis, forgotten=split.removed, before=before, real=real)
+        return measure_generated(
+            seen, axis=self.axis, forgotten=split.removed, before=before, real=real, tools=self.tools
+        )
 
     @abstractmethod
     def kept_images(self, split: Split) -> Tensor | None:

@@ -20,6 +20,7 @@ from expunge.diffusion.latents import Latents, encode, lent
 from expunge.diffusion.process import draw_noise
 from expunge.digest import json_digest
 from expunge.errors import CapabilityError, DataError, RequestError
+from expunge.metrics.generative import Tools
 from expunge.metrics.judge import Judge
 from expunge.models.pipelines import Parts
 from expunge.registry import Info, registry
@@ -95,6 +96,7 @@ class TextToImageTask(DrawingTask):
             that a prompt names.
         images_per_prompt: For the default of ``asks``.
         judge: Says what generated images show; without one there is no evaluation.
+        tools: Models for further figures of generated images.
 
     Attributes:
         classes: Of the axis.
@@ -122,6 +124,7 @@ class TextToImageTask(DrawingTask):
         asks: Sequence[Ask] | None = None,
         images_per_prompt: int = 1,
         judge: Judge | None = None,
+        tools: Tools | None = None,
     ) -> None:
         super().__init__(parts, steps, guidance, side, sample_batch)
         self.virtual, self.seed, self.cache = virtual, seed, cache
@@ -140,7 +143,7 @@ class TextToImageTask(DrawingTask):
             raise DataError(f"no label axis is called {self.axis!r}; there are: {', '.join(axes)}")
         self.classes = list(axes[self.axis].classes)
         self._latents: dict[str, Latents] = {}
-        self.judge = judge
+        self.judge, self.tools = judge, tools
         if asks is None:
             self.asks = asks_along(self.axis, axes, images=images_per_prompt, seed=seed)
         else:

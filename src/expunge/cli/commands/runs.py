@@ -156,7 +156,8 @@ def train(
         overrides["exclude"] = named
     config = load_config(TrainConfig, path, overrides)
     result = experiment.train(config, overwrite=overwrite, progress=progress)
-    facts("accuracy, %", {k: f"{v:.2f}" for k, v in result.accuracy.items()})
+    if result.accuracy:
+        facts("accuracy, %", {k: f"{v:.2f}" for k, v in result.accuracy.items()})
     say(f"weights: {result.weights}")
     if result.excluded is not None:
         say(f"excluded samples: {result.excluded}")
