@@ -64,7 +64,7 @@ def test_judges_that_do_not_fit_are_refused(weights):
         experiment.make_task(type(run(weights).task)(**broken))
     broken = run(weights).task.model_dump(exclude_unset=True)
     broken["judge"]["colour"] = broken["judge"].pop("style")
-    with pytest.raises(ConfigError, match="'colour'.*object, style"):
+    with pytest.raises(ConfigError, match=r"'colour'.*object, style"):
         experiment.make_task(type(run(weights).task)(**broken))
 
 
