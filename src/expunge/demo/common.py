@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expunge import experiment
+from expunge.config import RunConfig, resolved_yaml
 from expunge.errors import ConfigError
+from expunge.evaluation import Candidate, controls, evaluate
 from expunge.patch import Patch
 from expunge.patch.files import apply_files, revert_file
+from expunge.report.model import Report
+from expunge.run import PATCH, unlearn
+from expunge.tasks.base import Task
 
 MARKER = "demo.txt"
 #: Receives lines of text and tables.
@@ -46,6 +53,68 @@ def undo_on_files(folder: Path, weights: Path, patches: list[Path], say: Say) ->
     equal = restored.digest == base
     say(f"   restored  {restored.digest[:16]}  {'equal to the original, bit for bit' if equal else 'DIFFERENT'}")
     return equal
+
+
+def compared(
+    folder: Path,
+    task: Task,
+    config: RunConfig,
+    methods: Mapping[str, Mapping[str, Any]],
+    *,
+    title: str,
+    model_name: str,
+    progress: bool = False,
+) -> tuple[Report, dict[str, Path]]:
+    """All methods on one concept, one report: the first method is the subject, the others are baselines.
+
+    Args:
+        folder: Receives a run folder for each method and the report.
+        task: Model and data.
+        config: Request, and the recipe whose controls are run.
+        methods: Settings by method.
+        title: Of the report.
+        model_name: Shown name of the model.
+        progress: Show progress bars.
+
+    Returns:
+        The report, and the patches by method.
+    """
+    request = config.request.build()
+    candidates: list[Candidate] = []
+    patches: dict[str, Path] = {}
+    for name, settings in methods.items():
+        recipe = config.model_copy(update={"recipe": {"method": name, **settings}}).build_recipe()
+        start = time.perf_counter()
+        patch = unlearn(task, request, recipe, run_dir=folder / name, progress=progress)
+        role: Any = "baseline" if candidates else "after"
+        candidates.append(Candidate(name, patch, role, time.perf_counter() - start))
+        patches[name] = folder / name / PATCH
+    candidates += controls(task, request, config.build_recipe(), progress=progress)
+    report = evaluate(
+        task,
+        request,
+        candidates,
+        title=title,
+        config=resolved_yaml(config),
+        undo=[
+            f"expunge apply original.safetensors {folder.name}/{next(iter(methods))}/{PATCH} -o forgotten.safetensors",
+            "expunge revert forgotten.safetensors -o restored.safetensors",
+        ],
+        model_name=model_name,
+        attacks=(),
+        progress=progress,
+    )
+    experiment.save_report(report, folder)
+    return report, patches
+
+
+def farewell(folder: Path, patches: Mapping[str, Mapping[str, Path]], seconds: float, say: Say) -> None:
+    """Say where reports and patches are."""
+    say(f"Finished in {seconds:.0f} s. Look at:")
+    for part, found in patches.items():
+        say(f"   {folder / part / experiment.REPORT_HTML}")
+        for path in found.values():
+            say(f"   {path} ({path.stat().st_size:,} bytes)")
 
 
 @contextmanager

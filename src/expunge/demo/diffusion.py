@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from expunge import experiment
-from expunge.config import RunConfig, Source, parse_config, resolved_yaml
-from expunge.demo.common import Say, few_threads, fresh_folder, undo_on_files
+from expunge.config import RunConfig, Source, parse_config
+from expunge.demo.common import Say, compared, farewell, few_threads, fresh_folder, undo_on_files
 from expunge.digest import model_digest
-from expunge.evaluation import Candidate, controls, evaluate
 from expunge.models.weights import save_weights
 from expunge.patch import Patch, apply, revert
 from expunge.report.model import Report
-from expunge.run import PATCH, unlearn
 from expunge.tasks.text_to_image import TextToImageTask
 
 #: What each part forgets: the label axis and the concept.
@@ -98,18 +96,22 @@ def run_diffusion_demo(
             if not weights.exists():
                 save_weights(task.model, weights)
             say(f"{number}. Forget the {axis} '{concept}' with {', '.join(methods)}.")
-            reports[axis], patches[axis] = _forget(folder / axis, axis, task, config, methods, progress)
+            reports[axis], patches[axis] = compared(
+                folder / axis,
+                task,
+                config,
+                methods,
+                title=f"Canvas pipeline: forgetting the {axis} '{concept}'",
+                model_name="canvas pipeline",
+                progress=progress,
+            )
             say(reports[axis].table())
             for flag in reports[axis].flags:
                 say(f"   note: {flag}")
         recovered = _recovered([Patch.load(found["srs_me"]) for found in patches.values()], say)
         undone = undo_on_files(folder, weights, [found["srs_me"] for found in patches.values()], say)
     seconds = time.perf_counter() - start
-    say(f"Finished in {seconds:.0f} s. Look at:")
-    for axis, found in patches.items():
-        say(f"   {folder / axis / experiment.REPORT_HTML}")
-        for path in found.values():
-            say(f"   {path} ({path.stat().st_size:,} bytes)")
+    farewell(folder, patches, seconds, say)
     return DiffusionDemoResult(folder, reports, patches, recovered, undone, seconds)
 
 
@@ -131,44 +133,6 @@ def _part(axis: str, concept: str, quick: bool, settings: dict[str, Any]) -> tup
     made = experiment.make_task(config.task)
     assert isinstance(made, TextToImageTask)
     return made, config
-
-
-def _forget(
-    folder: Path,
-    axis: str,
-    task: TextToImageTask,
-    config: RunConfig,
-    methods: dict[str, dict[str, Any]],
-    progress: bool,
-) -> tuple[Report, dict[str, Path]]:
-    """All methods on one concept, one report: the first method is the subject, the others are baselines."""
-    request = config.request.build()
-    candidates: list[Candidate] = []
-    patches: dict[str, Path] = {}
-    for name, settings in methods.items():
-        recipe = config.model_copy(update={"recipe": {"method": name, **settings}}).build_recipe()
-        start = time.perf_counter()
-        patch = unlearn(task, request, recipe, run_dir=folder / name, progress=progress)
-        role: Any = "baseline" if candidates else "after"
-        candidates.append(Candidate(name, patch, role, time.perf_counter() - start))
-        patches[name] = folder / name / PATCH
-    candidates += controls(task, request, config.build_recipe(), progress=progress)
-    report = evaluate(
-        task,
-        request,
-        candidates,
-        title=f"Canvas pipeline: forgetting the {axis} '{CONCEPTS[axis]}'",
-        config=resolved_yaml(config),
-        undo=[
-            f"expunge apply original.safetensors {axis}/srs_me/{PATCH} -o forgotten.safetensors",
-            "expunge revert forgotten.safetensors -o restored.safetensors",
-        ],
-        model_name="canvas pipeline",
-        attacks=(),
-        progress=progress,
-    )
-    experiment.save_report(report, folder)
-    return report, patches
 
 
 def _recovered(patches: list[Patch], say: Say) -> bool:
