@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -212,7 +213,7 @@ class Work:
         layers = self._layers(scores, target.name)
         self.facts.setdefault("gradients", {})[target.name] = gradients.facts
         trials = []
-        for score in sorted(layers, key=self._depth):
+        for score in self._shown(sorted(layers, key=self._depth), target.name):
             tensors = self._group(score, gradients)
             direction = Direction(score, {n: gradients.forget[n] for n in tensors}, sign)
             self.suffix.prepare(tensors)
@@ -231,6 +232,15 @@ class Work:
             trials.append(Trial(target.name, direction, before, found))
             self.findings["searches"].append(trials[-1].facts())
         return trials
+
+    def _shown(self, layers: list[LayerScore], concept: str) -> Iterable[LayerScore]:
+        """The layers, with a progress bar on a terminal if the run asks for one."""
+        if not (self.ctx.progress and sys.stderr.isatty()):
+            return layers
+        from rich.console import Console
+        from rich.progress import track
+
+        return track(layers, f"steps for '{concept}'", console=Console(stderr=True), transient=True)
 
     def _criterion(self, utility: float) -> Criterion:
         drop = None if self.published else self.s.utility_drop
