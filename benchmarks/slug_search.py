@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from expunge.models.towers import Tokens
 from expunge.models.towers_open_clip import OpenClipTowers
+from expunge.patch.low_rank import compress
 from expunge.slug.differentiate import Pairs
 from expunge.slug.gradients import forget_gradient
 from expunge.slug.losses import contrastive_losses, forget_losses
-from expunge.slug.low_rank import compress
 from expunge.slug.probes import FullProbe, Prober, SearchSet, SuffixProbe, accuracy, edited
 from expunge.slug.search import Probe, search
 

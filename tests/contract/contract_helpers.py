@@ -23,6 +23,7 @@ from expunge.registry import registry
 from expunge.request import ForgetRequest
 from expunge.run import unlearn
 from expunge.schedule import Paired, Replay, Sequential, Single
+from expunge.tasks.base import Task
 from expunge.tasks.classifier import ClassifierTask
 
 REQUEST = ForgetRequest.label("ant")
@@ -246,3 +247,33 @@ def check_strict(kind: str, name: str) -> None:
         base.parse(name + "z")
     with pytest.raises(ConfigError):
         base.parse({**part.describe(), **{f: object() for f in fields[:1]}, "y": 1})
+
+
+def comes_off(task: Task, request: ForgetRequest, recipe: Recipe) -> None:
+    """A run leaves the model as it was, changes something, and its patch goes on and comes off exactly."""
+    before = model_digest(task.model)
+    patch = unlearn(task, request, recipe)
+    assert model_digest(task.model) == before
+    assert len(patch)
+    apply(task.model, patch)
+    assert model_digest(task.model) != before
+    revert(task.model, patch)
+    assert model_digest(task.model) == before
+
+
+def runs_or_refuses(task: Task, request: ForgetRequest, recipe: Recipe, *refusals: type[Exception]) -> None:
+    """A method for another family makes sense here, or refuses in one of these ways; it never fails in the middle."""
+    before = model_digest(task.model)
+    refusal = ""
+    try:
+        patch = unlearn(task, request, recipe)
+    except refusals as error:
+        refusal = str(error)
+    assert len(refusal) > 30 or len(patch)
+    assert model_digest(task.model) == before
+
+
+def short(name: str, settings: dict[str, Any], **optim: Any) -> Recipe:
+    """A method with these settings, cut to two steps."""
+    recipe = build_recipe({"method": name, **settings})
+    return recipe if recipe.edit is not None else recipe.replace(optim={"max_steps": 2, "epochs": 2, **optim})

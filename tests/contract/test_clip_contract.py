@@ -2,15 +2,13 @@
 
 import copy
 
+import contract_helpers as contract
 import pytest
+from contract_helpers import short
 
-from expunge.digest import model_digest
 from expunge.errors import CapabilityError, ConfigError
-from expunge.method import build_recipe
-from expunge.patch import apply, revert
 from expunge.registry import registry
 from expunge.request import ForgetRequest
-from expunge.run import unlearn
 from expunge.tasks.tiny_clip_task import tiny_clip
 
 METHODS = [e.name for e in registry.list("method") if not e.name.startswith("test_")]
@@ -34,33 +32,12 @@ def trained():
     return tiny_clip("open_clip", n_per_cell=4)
 
 
-def short(name, settings):
-    recipe = build_recipe({"method": name, **settings})
-    return recipe if recipe.edit is not None else recipe.replace(optim={"max_steps": 2, "epochs": 2})
-
-
 @pytest.mark.parametrize("name", COMPARED)
 def test_runs_and_comes_off(trained, name):
-    task = copy.deepcopy(trained)
-    before = model_digest(task.model)
-    patch = unlearn(task, REQUEST, short(name, COMPARED[name]))
-    assert model_digest(task.model) == before
-    assert len(patch)
-    apply(task.model, patch)
-    assert model_digest(task.model) != before
-    revert(task.model, patch)
-    assert model_digest(task.model) == before
+    contract.comes_off(copy.deepcopy(trained), REQUEST, short(name, COMPARED[name]))
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - set(COMPARED)))
 def test_others_run_or_refuse(trained, name):
     """A method for classifiers either makes sense here or says what is missing; it never fails in the middle."""
-    task = copy.deepcopy(trained)
-    before = model_digest(task.model)
-    refusal = ""
-    try:
-        patch = unlearn(task, REQUEST, short(name, {}))
-    except (CapabilityError, ConfigError) as error:
-        refusal = str(error)
-    assert len(refusal) > 30 or len(patch)
-    assert model_digest(task.model) == before
+    contract.runs_or_refuses(copy.deepcopy(trained), REQUEST, short(name, {}), CapabilityError, ConfigError)

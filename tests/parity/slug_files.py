@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
+import golden_files
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,18 +18,7 @@ from expunge.models.towers_hf import HFTowers
 from expunge.models.towers_open_clip import OpenClipTowers
 from expunge.slug.differentiate import Loader, Pairs
 
-ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("EXPUNGE_SHARED", ROOT.parent / "shared")) / "parity" / "slug"
-FOLDER = SHARED if SHARED.is_dir() else Path(__file__).parent / "data" / "slug"
-
-
-def cases(*prefixes: str) -> list:
-    """One parameter per file whose name begins like this."""
-    found = [p for prefix in prefixes for p in sorted(FOLDER.glob(f"{prefix}*.json"))]
-    if not found and FOLDER != SHARED:
-        return [pytest.param(None, id=prefixes[0], marks=pytest.mark.skip(reason="only in the shared folder"))]
-    assert found, f"no golden files {prefixes} in {FOLDER}"
-    return [pytest.param(p, id=p.stem) for p in found]
+cases = partial(golden_files.cases, "slug")
 
 
 class Case:

@@ -1,20 +1,17 @@
 """The search of the step on recorded models: every probe's accuracies, every step, the answers."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
+from golden_files import folder
 from safetensors.torch import load_file
 
 from expunge.models.towers import Tokens
 from expunge.slug.probes import FullProbe, SearchSet, SuffixProbe, accuracy
 from expunge.slug.search import Probe, search
 
-ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("EXPUNGE_SHARED", ROOT.parent / "shared")) / "parity" / "slug"
-FOLDER = SHARED if SHARED.is_dir() else Path(__file__).parent / "data" / "slug"
+FOLDER = folder("slug")
 FILES = sorted(FOLDER.glob("search-on-model-*.json"))
 assert FILES, f"no recorded searches in {FOLDER}"
 CASES = [

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import golden_files
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -33,18 +34,7 @@ from expunge.diffusion.selection import cross_attention, key_value, matrices
 from expunge.diffusion.shift import Attached, Shift, attach
 from expunge.errors import RequestError
 
-ROOT = Path(__file__).parents[2]
-SHARED = Path(os.environ.get("EXPUNGE_SHARED", ROOT.parent / "shared")) / "parity" / "srs-me"
-FOLDER = SHARED if SHARED.is_dir() else Path(__file__).parent / "data" / "srs-me"
-
-
-def cases(prefix: str) -> list:
-    """One parameter per file whose name begins like this."""
-    found = sorted(FOLDER.glob(f"{prefix}*.json"))
-    if not found and FOLDER != SHARED:
-        return [pytest.param(None, id=prefix, marks=pytest.mark.skip(reason="only in the shared folder"))]
-    assert found, f"no golden files {prefix} in {FOLDER}"
-    return [pytest.param(p, id=p.stem) for p in found]
+cases = partial(golden_files.cases, "srs-me")
 
 
 class Case:

@@ -13,12 +13,12 @@ from torch import Tensor
 from expunge.errors import ArtifactError, ConfigError, DataError, DivergedError, InvariantError, RequestError
 from expunge.models.towers import Tokens, Towers
 from expunge.patch.changes import Dense, LowRank
+from expunge.patch.low_rank import compress, rank
 from expunge.slug import gradient_cache
 from expunge.slug.differentiate import Loader, Pairs, rebatched
 from expunge.slug.gradient_cache import cached_gradients, gradient_key, load_gradients, save_gradients
 from expunge.slug.gradients import Gradients, assert_ascent, forget_gradient, retain_gradient, slug_gradients
 from expunge.slug.losses import contrastive_losses, contrastive_parts, forget_losses, unit
-from expunge.slug.low_rank import compress, rank
 from expunge.slug.published import published_gradients
 from expunge.slug.scores import candidate_names, score_layers, step_size
 from expunge.tasks.tiny_clip import BOS, EOS, tiny_towers

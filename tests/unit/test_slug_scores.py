@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from expunge.errors import CapabilityError, ConfigError, DivergedError, RequestError
 from expunge.models.towers import Towers
 from expunge.patch.changes import Dense, LowRank, Sparse
-from expunge.slug.low_rank import compress, rank
+from expunge.patch.low_rank import compress, rank
 from expunge.slug.pareto import front, nondominated
 from expunge.slug.pick import PUBLISHED_FALLBACK, deepest, deepest_published, expand, pick
 from expunge.slug.scores import (

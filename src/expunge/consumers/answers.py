@@ -160,8 +160,9 @@ class Interview:
         """Write ``answers.json`` and ``answers.html``."""
         target = Path(folder)
         data = self.to_dict()
-        for entry, file in zip(data["images"], files, strict=False):
-            entry["file"] = file
+        if files:
+            for entry, file in zip(data["images"], files, strict=True):
+                entry["file"] = file
         atomic_write(target / "answers.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
         atomic_write(target / "answers.html", self.html(images, files))
         return [target / "answers.json", target / "answers.html"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from expunge.data.captions import Axis, CaptionedImages
+from expunge.data.captions import Axis, CaptionedImages, name_pattern
 from expunge.data.curate.sources import find_shards
 from expunge.data.curate.tables import METADATA, Columns
 from expunge.data.encoded import Decoding, EncodedImages, Source
@@ -190,8 +190,7 @@ class _FirstMention:
 
     def _pattern(self, i: int) -> re.Pattern[str]:
         if i not in self._patterns:
-            words = [re.escape(w) for w in re.split(r"[\s_]+", self._names[i].strip()) if w]
-            self._patterns[i] = re.compile(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", re.IGNORECASE)
+            self._patterns[i] = name_pattern(self._names[i])
         return self._patterns[i]
 
 

@@ -121,7 +121,16 @@ def mentions(caption: str, name: str) -> bool:
     >>> mentions("A portrait of ELON  musk, smiling", "Elon_Musk"), mentions("a musketeer", "musk")
     (True, False)
     """
+    return name_pattern(name).search(caption.replace("_", " ")) is not None
+
+
+def name_pattern(name: str) -> re.Pattern[str]:
+    """The rule of :func:`mentions`, for texts whose underscores are blanks already.
+
+    Raises:
+        DataError: The name is empty.
+    """
     words = [re.escape(w) for w in re.split(r"[\s_]+", name.strip()) if w]
     if not words:
         raise DataError("the name to look for is empty")
-    return re.search(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", caption.replace("_", " "), re.IGNORECASE) is not None
+    return re.compile(r"(?<!\w)" + r"\s+".join(words) + r"(?!\w)", re.IGNORECASE)

@@ -9,7 +9,7 @@ Also here: the version of the SRS-ME repository (``train-scripts/Abconcept.py``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, Literal
@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from expunge.diffusion.process import Eps
 from expunge.errors import CapabilityError, ConfigError
 
-Eps = Callable[[Tensor, Tensor, Tensor], Tensor]
 Reduction = Literal["channel_mean", "channel_sum"]
 
 #: Settings of the public recipes. ``lr`` is the base rate, which ``--scale_lr`` multiplies by batch size and GPUs (2).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import expunge
 from expunge.data.canvas import FORMS
 from expunge.data.canvas_draw import SHAPES, STYLES
 from expunge.errors import ArtifactError, CapabilityError, ConfigError
+from expunge.models.quiet import BOTH, no_progress_bars
 
 FOLDER = Path(expunge.__file__).parent / "assets" / "canvas_diffusion"
 #: Settings of the pipeline call at which the figures of the folder's README were measured.
@@ -74,25 +73,9 @@ def load_canvas_pipeline(dtype: torch.dtype = torch.float32, folder: Path | None
     source = folder or FOLDER
     if not (source / "model_index.json").is_file():
         raise ArtifactError(f"the bundled pipeline is not where it belongs ({source}); install the package again")
-    with _no_progress_bars():
+    with no_progress_bars(*BOTH):
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(source), dtype=dtype, use_safetensors=True, local_files_only=True
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Both libraries draw bars for a load that takes a fraction of a second; their setting is put back."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()

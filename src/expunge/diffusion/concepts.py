@@ -20,10 +20,10 @@ from expunge.errors import ArtifactError, ConfigError, RequestError, did_you_mea
 from expunge.patch import Patch, apply, revert
 from expunge.patch.apply import applied, materialise
 from expunge.patch.changes import Change
+from expunge.patch.low_rank import compress
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest
 from expunge.run import PATCH, unlearn
-from expunge.slug.low_rank import compress
 from expunge.spaces.concept_shift import FINDINGS, ConceptShift, states_of
 from expunge.tasks.text_to_image import TextToImageTask
 

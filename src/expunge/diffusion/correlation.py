@@ -6,7 +6,7 @@ representation of the changed model uncorrelated with that of the original (arXi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from expunge.diffusion.process import Eps
 from expunge.errors import RequestError
-
-#: Noisy latents ``[B, C, H, W]``, timesteps int64 ``[B]``, text states ``[B, T, d]`` -> predicted noise like latents.
-Eps = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ All predictions of the target come from the frozen model. Where ``x_t`` comes fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from expunge import rng
+from expunge.diffusion.process import Eps
 from expunge.errors import ConfigError
 
-#: ``(x_t [B, C, H, W], t int64 [B], states [B, T, D])`` to the predicted noise ``[B, C, H, W]``.
-Eps = Callable[[Tensor, Tensor, Tensor], Tensor]
 Convention = Literal["current", "paper", "alternative"]
 
 

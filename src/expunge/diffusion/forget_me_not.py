@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from expunge.diffusion.attention_maps import AttentionMap
+from expunge.diffusion.process import Eps
 from expunge.errors import ConfigError, DataError, RequestError
 
-Eps = Callable[[Tensor, Tensor, Tensor], Tensor]
 Reduction = Literal["norm", "mean_square"]
 
 _NO_MAPS = "no attention maps were collected: run the U-Net inside cross_attention_maps first"

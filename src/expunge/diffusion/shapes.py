@@ -15,7 +15,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from expunge.errors import ArtifactError, CapabilityError
-from expunge.models.pipelines import CANVAS, FOLDER, INSTALL, TextToImage, quiet
+from expunge.models.pipelines import CANVAS, FOLDER, INSTALL, TextToImage
+from expunge.models.quiet import quiet
 
 Config = Mapping[str, Any]
 

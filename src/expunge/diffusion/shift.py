@@ -21,7 +21,7 @@ from expunge.diffusion.correlation import l1
 from expunge.diffusion.selection import Matrix, key_value, key_value_modules, matrices
 from expunge.errors import RequestError, did_you_mean
 from expunge.patch.changes import Change, Dense, LowRank
-from expunge.slug.low_rank import compress
+from expunge.patch.low_rank import compress
 
 #: Coordinates of a token below this fraction of its norm are rounding of a float64 null space: exactly zero.
 _ZERO = 1e-11

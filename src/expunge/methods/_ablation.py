@@ -161,7 +161,8 @@ class AblatingConcepts(Objective):
     def _toward_anchor(self, ctx: Context, batch: Batch, names: Sequence[str], frozen: Teacher) -> Tensor:
         """The version of the SRS-ME repository: both captions towards the original's prediction for the anchor's."""
         task = text_task(ctx.task, "ablating_concepts")
-        own = {} if self.concepts else dict(zip(ctx.split.removed, names, strict=False))
+        removed = () if self.concepts else ctx.split.removed
+        own = dict(zip(removed, names, strict=True)) if removed else {}
         captions = captions_of(batch)
         anchors = [
             replaced_caption(t.replace("_", " "), own.get(c, names[i % len(names)]), self.anchor)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from torch import nn
 from expunge import files
 from expunge.diffusion.canvas import FOLDER
 from expunge.errors import ArtifactError, CapabilityError, ConfigError
+from expunge.models.quiet import quiet
 from expunge.models.single_file import check_text, is_xl, tensor_names
 from expunge.models.weights import refuse_pickle
 from expunge.part import Frozen
@@ -321,26 +321,3 @@ def _unavailable(name: str, error: Exception) -> ArtifactError:
         f"'{name}' could not be had ({type(error).__name__}: {text}). Without a network, download it once where "
         "there is one and give the folder as `name`; safetensors files are needed, pickles are not read"
     )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Neither progress bars nor remarks of diffusers and transformers; their settings are put back.
-
-    What they remark on is decided here: unused settings of another scheduler, parts that are not there.
-    """
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    libraries: tuple[Any, ...] = (of_diffusers, of_transformers)
-    before = [(library, library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
-    for library in libraries:
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for library, bars, verbosity in before:
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()

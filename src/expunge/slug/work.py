@@ -17,11 +17,11 @@ from expunge.edits.gradients import add
 from expunge.errors import ConfigError, DivergedError, InvariantError, NoEffectError, RequestError
 from expunge.models.towers import TOWERS, Tower, Towers
 from expunge.patch.changes import Change, LowRank, accumulate_dtype, smallest
+from expunge.patch.low_rank import compress
 from expunge.slug.differentiate import Loader
 from expunge.slug.evaluation import Target, forget_pairs, one_text, retain_pairs, search_set, targets_of, two_towers
 from expunge.slug.gradient_cache import cached_gradients, gradient_key
 from expunge.slug.gradients import Gradients, assert_ascent, forget_gradient, retain_gradient
-from expunge.slug.low_rank import compress
 from expunge.slug.pareto import front
 from expunge.slug.pick import expand, pick
 from expunge.slug.probes import FullProbe, Prober, SuffixProbe, edited

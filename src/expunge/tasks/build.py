@@ -17,8 +17,8 @@ from expunge.config.tasks import (
     TaskConfig,
     TextToImageTaskConfig,
 )
-from expunge.data import DataSpec, load_data
-from expunge.data.captions import CaptionedImages
+from expunge.data import load_data
+from expunge.data.captions import Axis, CaptionedImages
 from expunge.data.surrogate import load_surrogate
 from expunge.errors import ConfigError
 from expunge.models import Normalize, build_model
@@ -95,7 +95,6 @@ def _ddpm(config: DdpmTaskConfig) -> Task:
 
 
 def _text_to_image(config: TextToImageTaskConfig) -> Task:
-    from expunge.data.captions import Axis
     from expunge.diffusion.asks import prompts_from_csv
     from expunge.files import cache_dir
     from expunge.models.pipelines import load_pipeline
@@ -105,9 +104,11 @@ def _text_to_image(config: TextToImageTaskConfig) -> Task:
     if config.classes is not None:
         name = config.axis or "concept"
         axes = {name: Axis(torch.arange(len(config.classes)), config.classes, config.templates)}
+    data = None if config.data is None else load_data(config.data)
+    known = axes if data is None else data.train.axes if isinstance(data.train, CaptionedImages) else {}
     return TextToImageTask(
         load_pipeline(config.model),
-        None if config.data is None else load_data(config.data),
+        data,
         axis=config.axis,
         axes=axes,
         steps=config.steps,
@@ -119,16 +120,16 @@ def _text_to_image(config: TextToImageTaskConfig) -> Task:
         cache=cache_dir() / "latents",
         asks=None if config.prompts is None else prompts_from_csv(config.prompts),
         images_per_prompt=config.images_per_prompt,
-        judge=_judge(config),
+        judge=_judge(config.judge, known or {}),
         tools=_tools(config.figures),
     )
 
 
-def _judge(config: TextToImageTaskConfig) -> Judge | None:
-    if config.judge is None:
+def _judge(given: str | Mapping[str, JudgeSpec] | None, axes: Mapping[str, Axis]) -> Judge | None:
+    if given is None:
         return None
-    if isinstance(config.judge, dict):
-        return _judges(config, config.judge)
+    if not isinstance(given, str):
+        return _judges(given, axes)
     from expunge.data.canvas_draw import SHAPES, STYLES
     from expunge.metrics.judge import HeadsJudge
     from expunge.models.canvas_judge import load_judge
@@ -136,16 +137,15 @@ def _judge(config: TextToImageTaskConfig) -> Judge | None:
     return HeadsJudge(load_judge(), {"object": list(SHAPES), "style": list(STYLES)})
 
 
-def _judges(config: TextToImageTaskConfig, specs: Mapping[str, JudgeSpec]) -> Judge:
+def _judges(specs: Mapping[str, JudgeSpec], axes: Mapping[str, Axis]) -> Judge:
     from expunge.metrics.judge import JointJudge, resized
     from expunge.models.class_judge import ClassJudge
 
-    names = {config.axis or "concept": config.classes} if config.data is None else _axes(config.data)
     judges = []
     for axis, spec in specs.items():
-        known = names.get(axis)
-        if known is None:
-            raise ConfigError(f"task.judge names the axis {axis!r}; there are: {', '.join(names)}")
+        if axis not in axes:
+            raise ConfigError(f"task.judge names the axis {axis!r}; there are: {', '.join(axes)}")
+        known = axes[axis].classes
         if spec.model.n_classes != len(known):
             raise ConfigError(f"task.judge.{axis} has {spec.model.n_classes} classes, the axis {len(known)}")
         size, scale = spec.size or spec.model.input_shape[1], Normalize.named(spec.normalize)
@@ -155,12 +155,6 @@ def _judges(config: TextToImageTaskConfig, specs: Mapping[str, JudgeSpec]) -> Ju
             ClassJudge(model, known, channels, lambda x, s=size, n=scale: n(resized(x, s)), axis)  # type: ignore[misc]
         )
     return JointJudge(tuple(judges))
-
-
-def _axes(spec: DataSpec) -> dict[str, tuple[str, ...]]:
-    train = load_data(spec).train
-    axes = train.axes if isinstance(train, CaptionedImages) else {}
-    return {name: axis.classes for name, axis in axes.items()}
 
 
 def _tools(figures: FurtherFigures) -> Tools:

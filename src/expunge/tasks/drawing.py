@@ -43,6 +43,7 @@ class DrawingTask(PipelineTask):
     axis: str
     axes: dict[str, Axis]
     tools: Tools | None = None
+    _known: tuple[Split, Judge | None, np.ndarray | None] | None = None
 
     def observe(self, split: Split) -> Observed:
         """Draw images and show them to the judge; ``forget`` are those asked for what goes, ``test`` the others.
@@ -96,11 +97,18 @@ class DrawingTask(PipelineTask):
         )
 
     def _measured(self, split: Split, seen: GeneratedObserved, before: GeneratedObserved | None) -> dict[str, Estimate]:
-        x = self.kept_images(split)
-        real = None if x is None or self.judge is None else self.judge.features(x).float().cpu().numpy()
+        real = self._real(split)
         return measure_generated(
             seen, axis=self.axis, forgotten=split.removed, before=before, real=real, tools=self.tools
         )
+
+    def _real(self, split: Split) -> np.ndarray | None:
+        """Features of the real images of what stays: the judge's, so the same for every model of one request."""
+        if self._known is None or self._known[0] is not split or self._known[1] is not self.judge:
+            x = self.kept_images(split)
+            found = None if x is None or self.judge is None else self.judge.features(x).float().cpu().numpy()
+            self._known = split, self.judge, found
+        return self._known[2]
 
     @abstractmethod
     def kept_images(self, split: Split) -> Tensor | None:

@@ -11,7 +11,8 @@ import expunge
 from expunge.data.canvas import canvas
 from expunge.errors import CapabilityError
 from expunge.metrics.judge import canvas_judge
-from expunge.models.pipelines import INSTALL, Parts, check_parts, quiet
+from expunge.models.pipelines import INSTALL, Parts, check_parts
+from expunge.models.quiet import quiet
 from expunge.tasks.text_to_image import TextToImageTask
 
 SIDE = 32

@@ -98,7 +98,7 @@ def curate(
         "sha256": {},
     }
     with published(folder, overwrite=overwrite) as fresh:
-        for name, side, rows in zip((FORGET, RETAIN), sides, members, strict=False):
+        for name, side, rows in zip((FORGET, RETAIN)[: len(sides)], sides, members, strict=True):
             index["sha256"][name] = write_tar(fresh / name, rows)
             index[name.removesuffix(".tar")] = _described(side, rows)
         write_index(fresh / INDEX, index)
