@@ -5,6 +5,9 @@
 About twenty minutes of one core; needs ``pip install "expunge[diffusion]"``. Three parts: an autoencoder, the text
 tower of the CLIP in the package (frozen), and a U-Net on the latents. Writes a folder that diffusers loads, with
 half-precision weights; its samples are judged after it was read back.
+
+With ``--without ring`` the U-Net never sees that object (or style): what methods of forgetting are compared with. The
+autoencoder is then that of the package, and ``model.safetensors`` has the weights for the ``reference`` of a run.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from expunge.data.captions import CaptionedImages
 from expunge.diffusion.canvas import GUIDANCE, STEPS, CanvasPrompt, canvas_prompts, load_canvas_pipeline
 from expunge.models.canvas_judge import judged, load_judge
 from expunge.models.clip import ClipSpec, load_clip
+from expunge.models.pipelines import TextToImage
+from expunge.models.weights import save_weights
 
 console = Console()
 SIDE = 32
@@ -48,6 +53,7 @@ def main(
     images: Annotated[int, typer.Option(min=96, help="Different training images.")] = 19_200,
     seed: Annotated[int, typer.Option(help="Seed of the images, the weights and the noise.")] = 0,
     samples: Annotated[int, typer.Option(min=48, help="Judged samples; there are 192 captions.")] = 384,
+    without: Annotated[str | None, typer.Option(help="An object or style that is left out: a retrained model.")] = None,
     force: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
 ) -> None:
     """Draw the images, train, write the folder and judge samples of what was written."""
@@ -55,22 +61,29 @@ def main(
         raise typer.BadParameter(f"{out} is there already; use --force to replace it", param_hint="--out")
     if images % N_COMBINATIONS:
         raise typer.BadParameter(f"{images} is no multiple of {N_COMBINATIONS}", param_hint="--images")
-    how = {"vae-steps": vae_steps, "steps": steps, "images": images, "seed": seed}
+    if without is not None and without not in (*SHAPES, *STYLES):
+        raise typer.BadParameter(f"{without!r} is none of {', '.join((*SHAPES, *STYLES))}", param_hint="--without")
+    how: dict[str, Any] = {"vae-steps": vae_steps, "steps": steps, "images": images, "seed": seed}
     drawn = draw_part("train", torch.arange(images), seed, SIDE)
     spent = {}
     start = time.process_time()
-    vae = train_vae(drawn, vae_steps, seed)
+    if without is None:
+        vae = train_vae(drawn, vae_steps, seed)
+    else:
+        vae, how = load_canvas_pipeline().vae, {**how, "without": without}
     spent["autoencoder"] = time.process_time() - start
     start = time.process_time()
     text_encoder, tokenizer = text_half()
     latents = encode(vae, drawn)
-    vae.register_to_config(scaling_factor=float(1 / latents.std()))
+    if without is None:
+        vae.register_to_config(scaling_factor=float(1 / latents.std()))
     spent["latents"] = time.process_time() - start
     start = time.process_time()
     texts = {text: number for number, text in enumerate(["", *all_captions()])}
     states = embed(text_encoder, tokenizer, list(texts))
     chosen = torch.tensor([texts[caption] for caption in drawn.captions])
-    unet = train_unet(latents * vae.config.scaling_factor, states, chosen, steps, seed)
+    seen = rows_without(drawn, without)
+    unet = train_unet(latents[seen] * vae.config.scaling_factor, states, chosen[seen], steps, seed)
     spent["U-Net"] = time.process_time() - start
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as room:
@@ -78,6 +91,8 @@ def main(
         save(folder, vae=vae, unet=unet, text_encoder=text_encoder, tokenizer=tokenizer)
         figures = measure(folder, samples, seed)
         files.atomic_write(folder / "README.md", readme(figures, how, spent, samples))
+        if without is not None:
+            save_weights(TextToImage(unet, text_encoder), folder / "model.safetensors")
         if out.exists():
             out.rename(Path(room) / "old")
         folder.rename(out)
@@ -181,6 +196,15 @@ def train_vae(drawn: CaptionedImages, steps: int, seed: int, lr: float = 2e-3) -
         if (step + 1) % 250 == 0:
             console.print(f"autoencoder, step {step + 1}: loss {loss.item():.4f}")
     return vae.eval().requires_grad_(False)
+
+
+def rows_without(drawn: CaptionedImages, name: str | None) -> Tensor:
+    """Numbers of the images that do not show an object or style."""
+    shown = torch.zeros(len(drawn), dtype=torch.bool)
+    for axis in drawn.axes.values():
+        if name in axis.classes:
+            shown |= axis.labels == axis.classes.index(name)
+    return torch.nonzero(~shown).flatten()
 
 
 @torch.no_grad()

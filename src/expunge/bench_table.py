@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 #: Columns of the table, where measured.
 COLUMNS = (
+    "gen_ua",
+    "gen_ira",
+    "gen_cra",
+    "kid",
+    "lpips",
+    "clip_score",
     "ua",
     "ra",
     "ta",
@@ -38,6 +44,8 @@ COLUMNS = (
     "patch_bytes",
     "run_time",
 )
+#: The same for models that are judged by what they draw, and a score of classifiers: left out beside ``gen_ua``.
+_OF_CLASSIFIERS = ("ua", "ta", "aus")
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,8 @@ def lines(cells: Sequence[Cell]) -> list[Line]:
 
 def columns(rows: Sequence[Line]) -> list[str]:
     """Columns that any row has."""
-    return [c for c in COLUMNS if any(c in r.values for r in rows)]
+    found = [c for c in COLUMNS if any(c in r.values for r in rows)]
+    return [c for c in found if c not in _OF_CLASSIFIERS] if "gen_ua" in found else found
 
 
 def headings(names: Sequence[str]) -> list[str]:

@@ -62,6 +62,7 @@ def save(
     header = {
         "position": vars(position),
         "scalars": scalars,
+        "state": list(state),
         "python_rng": _python_state(),
         "numpy_rng": json.loads(json.dumps(np_state, default=lambda a: np.asarray(a).tolist())),
         "notes": notes,
@@ -114,6 +115,22 @@ def load(
     np.random.set_state(np_state)
     pick = {p: {k.removeprefix(p): t for k, t in tensors.items() if k.startswith(p)} for p in ("state.", "space.")}
     return Position(**header["position"]), pick["state."], pick["space."], header["notes"], header["scaler"]
+
+
+def objective_state(path: Path, identity: str) -> dict[str, Tensor]:
+    """The objective's state alone, if the checkpoint is that of this run: what need not be prepared once more.
+
+    Raises:
+        ArtifactError: Broken file.
+    """
+    _, meta = read_safetensors(path, names=())
+    try:
+        header = json.loads(meta[_KEY])
+        names = header["state"] if header["identity"] == identity else []
+    except (KeyError, json.JSONDecodeError):
+        return {}  # the loop, which restores everything, refuses it and says why
+    tensors, _ = read_safetensors(path, names=[f"state.{n}" for n in names], allow_nonfinite=True)
+    return {n.removeprefix("state."): t for n, t in tensors.items()}
 
 
 def _python_state() -> list[Any]:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: Elements that are hashed at a time.
+_PIECE = 1 << 22
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw bytes of a tensor, row-major, on the CPU."""
@@ -20,7 +23,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def tensor_digest(tensor: Tensor) -> str:
     """Sixteen hex digits over dtype, shape and bits (so -0.0 differs from 0.0, and NaN payloads count)."""
     h = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    h.update(tensor_bytes(tensor))
+    for piece in tensor.detach().reshape(-1).split(_PIECE):  # copies of pieces: torch takes an array for a write
+        h.update(tensor_bytes(piece.to("cpu", copy=True)))
     return h.hexdigest()[:16]
 
 

@@ -76,7 +76,9 @@ def measure(
     finally:
         if patch is not None:
             revert(task.model, patch)
-    found = measure_classifier(seen.outputs, class_wise=bool(split.removed), attacks=attacks, seed=seed)
+    found: dict[str, Estimate] = {}
+    if task.classifies or seen.outputs:  # drawn images that no judge has seen have none
+        found = measure_classifier(seen.outputs, class_wise=bool(split.removed), attacks=attacks, seed=seed)
     if not task.classifies:  # what a model draws is no membership or accuracy of its training samples
         found = {name: estimate for name, estimate in found.items() if estimate.ran}
     found |= task.further_metrics(split, seen)
@@ -314,8 +316,10 @@ def _control_flags(
     before: Measured, subject: Candidate, candidates: Sequence[Candidate], results: Mapping[str, Measured]
 ) -> list[str]:
     """Sentences where a control explains the effect as well as the method does."""
-    flags = []
-    after = results[subject.name].metrics["ua"]
+    flags: list[str] = []
+    after = results[subject.name].metrics.get("ua")
+    if after is None:  # images that no judge has seen
+        return flags
     for c in candidates:
         if c.role != "control" or c.name not in results:
             continue

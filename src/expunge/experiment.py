@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from expunge import files
 from expunge.config import RunConfig, TrainConfig, resolved_yaml
@@ -88,12 +88,11 @@ def run(config: RunConfig, *, task: Task | None = None, progress: bool = False) 
         timing = {"patch": patch.digest, "seconds": time.perf_counter() - start}
         files.atomic_write(folder / TIMING, json.dumps(timing))
     text = resolved_yaml(config)
-    known = _known_report(folder, patch, task, request, text)
+    known = known_report(folder, patch, task, request, text)
     if known is not None:
         return Result(folder, patch, known, resumed=True)
     files.atomic_write(folder / CONFIG, text)
-    if _weights(config.task) is None and _small(task.model):
-        save_weights(task.model, folder / BASE)
+    keep_base(config.task, task, folder)
     history = read_log(folder / LOG) if (folder / LOG).exists() else []
     seconds = _seconds(folder, patch)
     candidates = [Candidate("after forgetting", patch, "after", seconds, "", history)]
@@ -142,9 +141,11 @@ def _weights(task: AnyTaskConfig) -> str | None:
     return given
 
 
-def _small(model: nn.Module) -> bool:
-    """Whether a copy of the original belongs into the run folder."""
-    return sum(t.numel() * t.element_size() for t in named_tensors(model)[0].values()) <= LARGEST_BASE
+def keep_base(config: AnyTaskConfig, task: Task, folder: Path) -> None:
+    """Copy the original into a run folder, if no file of it is named and it is not too large."""
+    size = sum(t.numel() * t.element_size() for t in named_tensors(task.model)[0].values())
+    if _weights(config) is None and size <= LARGEST_BASE:
+        save_weights(task.model, folder / BASE)
 
 
 def save_report(report: reporting.Report, folder: Path) -> None:
@@ -166,7 +167,7 @@ def undo_commands(task: AnyTaskConfig) -> list[str]:
     ]
 
 
-def _known_report(
+def known_report(
     folder: Path, patch: Patch, task: Task, request: ForgetRequest, config: str
 ) -> reporting.Report | None:
     """The report of an earlier evaluation, if everything that it depends on is the same."""

@@ -72,8 +72,13 @@ def check_disjoint(split: Split, recipe: Recipe) -> None:
     if not len(forget) and not len(retain) and not {"forget", "retain"} & recipe.needs():
         return
     if not len(forget) or not len(retain):
+        drawn = (
+            ". A task with prompts alone has none: `expunge generate` draws images of what goes and of what stays, and "
+            "`data: {name: captions}` reads them (docs/diffusion.md)"
+        )
         raise RequestError(
             f"the forget set has {len(forget)} and the retain set {len(retain)} samples; both are needed"
+            f"{drawn if not len(forget) and not len(retain) else ''}"
         )
     both = int(torch.isin(forget, retain).sum())
     if both:
@@ -153,6 +158,22 @@ def check_masked(space: OpenSpace) -> None:
             raise InvariantError(f"{int(moved.sum())} masked weights of '{name}' moved; nothing was saved")
 
 
+def check_put_back(tensors: Mapping[str, Tensor], digests: Mapping[str, str], names: Iterable[str]) -> None:
+    """What the run changed has its first bits again.
+
+    Args:
+        tensors: Of the model after the run.
+        digests: Of the same tensors before it.
+        names: Of those that were changed.
+
+    Raises:
+        InvariantError: One has other bits, so the model in memory is not the one that was given.
+    """
+    for name in names:
+        if tensor_digest(tensors[name]) != digests[name]:
+            raise InvariantError(f"'{name}' was not put back as it was; nothing was saved, load the model again")
+
+
 def effect(changes: Mapping[str, Change], base: Mapping[str, Tensor]) -> dict[str, float]:
     """How much the changes do after rounding to the weights' own precision.
 
@@ -199,7 +220,7 @@ def check_effect(changes: Mapping[str, Change], base: Mapping[str, Tensor], reci
 
 
 @torch.no_grad()
-def check_outputs(ctx: Context, roles: Sequence[str], samples: int = 64) -> None:
+def check_outputs(ctx: Context, roles: Sequence[str], samples: int) -> None:
     """The model's outputs are finite; weights can be finite and overflow all the same.
 
     Raises:

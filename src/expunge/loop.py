@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +19,8 @@ from expunge.errors import ConfigError, DivergedError, ResourceError
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.protections.base import Penalty
 from expunge.recipe import Optim
+from expunge.rng import random_states as _random_states
+from expunge.rng import set_random_states as _set_random_states
 from expunge.schedule import FORWARD_ONLY, Step, chunks
 from expunge.spaces.base import OpenSpace
 from expunge.tasks.base import Batch
@@ -83,7 +83,11 @@ def make_accelerator(precision: str) -> Any:
 
 
 class Loop:
-    """Runs an objective with penalties in an opened space."""
+    """Runs an objective with penalties in an opened space.
+
+    Attributes:
+        at_once: Most samples that were in memory together, with their gradients.
+    """
 
     def __init__(
         self,
@@ -102,14 +106,22 @@ class Loop:
         self.losses, self.penalties, self.tracker, self.saving = losses, penalties, tracker, saving
         self.accelerator, self.on_step = accelerator, on_step
         self.optimizer = make_optimizer(settings, space.parameters)
-        self.sizes = {r: len(ctx.split[r]) for r in objective.schedule.roles()}
         self.at = Position(micro_batch=settings.micro_batch)
-        self.steps_of_epoch = [len(self._steps(e)) for e in range(settings.epochs)]
-        self.total = sum(self.steps_of_epoch)
+        self.total = self._count()
+        self.at_once = 0
         ctx.epochs = settings.epochs
 
     def _steps(self, epoch: int) -> list[Step]:
-        return self.objective.schedule.steps(self.sizes, epoch, self.ctx.seed)
+        return self.objective.steps(self.ctx, epoch)
+
+    def _count(self) -> int:
+        """Steps of the whole run; where ``max_steps`` ends it sooner, epochs after that are not looked at."""
+        total, most = 0, None if self.settings.lr_schedule == "one_cycle" else self.settings.max_steps
+        for epoch in range(self.settings.epochs):
+            if most is not None and total >= most:
+                return most
+            total += len(self._steps(epoch))
+        return total
 
     def run(self, *, resume: bool) -> None:
         """Run to the end or to the objective's stop.
@@ -215,9 +227,11 @@ class Loop:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         totals = {role: len(ids) for role, ids in step.items()}
         logged: dict[str, Tensor] = {}
-        for number, piece in enumerate(chunks(step, self.at.micro_batch)):
+        parts = self.objective.parts(ctx, step)
+        for number, piece in enumerate(c for part in parts for c in chunks(part, self.at.micro_batch)):
             own = {r: ids[rank::world] for r, ids in piece.items()} if world > 1 else piece
-            batches = {r: ctx.load(r, ctx.split[r][ids]) for r, ids in own.items() if len(ids)}
+            batches = {r: self.objective.load(ctx, r, ids) for r, ids in own.items() if len(ids)}
+            self.at_once = max(self.at_once, sum(map(len, batches.values())))
             with self.accelerator.autocast():
                 terms = self._losses(batches) if batches else {}
             if number == 0 and rank == 0:
@@ -262,6 +276,10 @@ class Loop:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
+        if not self.objective.graded(self.ctx, numbers):
+            if scaler is not None:
+                scaler.update()
+            return numbers
         self.space.before_step()
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
@@ -378,17 +396,3 @@ def _is_oom(error: RuntimeError) -> bool:
     text = str(error).lower()
     on_cpu = "allocat" in text and ("can't allocate memory" in text or "not enough memory" in text)
     return isinstance(error, torch.OutOfMemoryError) or on_cpu
-
-
-def _random_states() -> tuple[Any, ...]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    python, numpy_state, cpu, cuda = states
-    random.setstate(python)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)

@@ -27,15 +27,28 @@ _TABLES = (
 )
 
 
+def snapshot(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, without gradients, that takes memory of its own only once either of the two is written to.
+
+    So what a run never touches exists once, however many parts keep its first value. Where the storage is not torch's
+    own (a mapped file, an array of numpy, shared memory) it is a plain copy.
+    """
+    try:
+        lazy: Tensor = torch._lazy_clone(tensor.detach())
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return tensor.detach().clone()
+    return lazy
+
+
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield copies of the model's tensors and put everything back on leaving, also when an exception passes through.
+    """Yield the model's tensors as they are, and put everything back on leaving, also when an exception passes through.
 
-    Inside the block no parameter holds a gradient, so a caller's ``.grad`` is never added to. Deliberate changes of the
-    weights happen after the block, through a patch.
+    Only tensors that are written to within the block exist twice. Inside it no parameter holds a gradient, so a
+    caller's ``.grad`` is never added to. Deliberate changes of the weights happen after the block, through a patch.
     """
     live = named_tensors(model)[0]
-    saved = {n: t.detach().clone() for n, t in live.items()}
+    saved = {n: snapshot(t) for n, t in live.items()}
     data = {n: (t.dtype, t.device) for n, t in live.items()}
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     modules = [(m, type(m), m.training, _tables(m)) for m in model.modules()]
@@ -59,12 +72,22 @@ def as_found(model: nn.Module) -> Iterator[dict[str, Tensor]]:
                     dtype, device = data[name]
                     if tensor.dtype != dtype or tensor.device != device:
                         tensor.grad = None
-                        tensor.data = saved[name].to(device, copy=True)
-                    else:
+                        tensor.data = saved[name].to(device)
+                    elif not same_bits(tensor, saved[name]):
                         tensor.copy_(saved[name])
             for p, grad, flag in parameters:
                 p.grad = grad
                 p.requires_grad_(flag)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one type, shape and device hold the same bits; -0.0 is not 0.0."""
+    if a.dtype.is_complex:
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
+    return torch.equal(a.detach().view(kind), b.view(kind))
 
 
 @contextmanager

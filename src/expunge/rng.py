@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,19 +56,30 @@ def permutation(seed_key: int, n: int) -> torch.Tensor:
     return torch.from_numpy(np.random.Generator(np.random.Philox(seed_key & (2**63 - 1))).permutation(n))
 
 
+def random_states() -> tuple[Any, ...]:
+    """States of Python's, NumPy's and torch's global generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_states(states: tuple[Any, ...]) -> None:
+    """Put the generators back into the states of :func:`random_states`."""
+    python, numpy_state, cpu, cuda = states
+    random.setstate(python)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+
+
 @contextmanager
 def preserved() -> Iterator[None]:
     """Put Python's, NumPy's and torch's global generators back as they were."""
-    py, np_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    states = random_states()
     try:
         yield
     finally:
-        random.setstate(py)
-        np.random.set_state(np_state)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_states(states)
 
 
 def seed_everything(seed: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expunge import guards, rng
+from expunge import checkpoint, guards, rng
 from expunge.context import Context
 from expunge.digest import combine, json_digest, named_tensors, state_digests
 from expunge.errors import ArtifactError, ConfigError, NoEffectError, ResourceError
@@ -133,6 +133,7 @@ def execute(
             saving = Saving(folder / CHECKPOINT if folder else None, checkpoint_every, json_digest(identity))
             with as_found(task.model) as base, _tracker(folder, trackers, identity, progress) as tracker:
                 changes = _work(ctx, recipe, base, digests, saving, tracker, on_step)
+            guards.check_put_back(tensors, digests, changes)
             if not allow_no_effect:
                 facts = guards.check_effect(changes, base, recipe)
                 if facts["share"] < 1e-6:
@@ -185,6 +186,9 @@ def _work(
             return changes
         assert recipe.objective is not None
         recipe.objective.prepare(ctx)
+        resume = saving.path is not None and saving.path.exists()
+        if resume and saving.path is not None:  # long preparations of the killed run are not repeated
+            ctx.state.update(checkpoint.objective_state(saving.path, saving.identity))
         losses = recipe.objective.bind(ctx)
         penalties = [p.bind(ctx, space) for p in recipe.protections]
         chosen = {id(p) for p in space.parameters.values()}
@@ -197,12 +201,12 @@ def _work(
         if recipe.from_scratch:
             reinitialise(model, ctx.key("init"))
         rng.seed_everything(ctx.seed)
-        resume = saving.path is not None and saving.path.exists()
-        Loop(ctx, recipe.objective, recipe.optim, space, losses, penalties, tracker, saving, accelerator, on_step).run(
-            resume=resume
+        loop = Loop(
+            ctx, recipe.objective, recipe.optim, space, losses, penalties, tracker, saving, accelerator, on_step
         )
+        loop.run(resume=resume)
         guards.check_masked(space)
-        guards.check_outputs(ctx, roles)
+        guards.check_outputs(ctx, roles, min(64, loop.at_once) or 1)  # what fitted in a step fits here
         changes = space.changes()
     finally:
         space.close()
@@ -273,9 +277,10 @@ def _identity(task: Task, request: ForgetRequest, recipe: Recipe, seed: int, dig
 
 
 def _files(settings: Any) -> list[str]:
-    """Files that a recipe reads (keys ``file``, ``statistics``): their content belongs to the run's identity."""
+    """Files that a recipe reads (see the keys): their content belongs to the run's identity."""
     if isinstance(settings, dict):
-        own = [settings[k] for k in ("file", "statistics") if isinstance(settings.get(k), str)]
+        keys = ("file", "statistics", "captions", "exclude_similar_to")
+        own = [settings[k] for k in keys if isinstance(settings.get(k), str)]
         return own + [f for v in settings.values() for f in _files(v)]
     return [f for v in settings for f in _files(v)] if isinstance(settings, list) else []
 

@@ -72,6 +72,36 @@ def test_two_steps_write_a_pipeline_that_loads(run, tmp_path):
         assert {k for k in ours if ours[k] != theirs[k]} <= {"scaling_factor"}, part
 
 
+def test_a_retrained_pipeline_never_saw_the_object_and_shares_the_autoencoder(run, scripts, tmp_path):
+    from expunge.config import RunConfig
+    from expunge.diffusion.canvas import FOLDER
+    from expunge.experiment import make_task, patch_to
+    from expunge.request import ForgetRequest
+
+    drawn = draw_part("train", torch.arange(96))
+    rows = scripts[DIFFUSION].rows_without(drawn, "ring")
+    assert not any("ring" in drawn.captions[i] for i in rows)
+    assert len(rows) == 84
+    assert len(scripts[DIFFUSION].rows_without(drawn, None)) == 96
+    refused = run(DIFFUSION, "--out", tmp_path / "no", "--without", "rung", *QUICK[DIFFUSION])
+    assert refused.exit_code == 2
+    out = tmp_path / "without"
+    assert run(DIFFUSION, "--out", out, "--without", "ring", *QUICK[DIFFUSION]).exit_code == 0
+    name = "vae/diffusion_pytorch_model.safetensors"
+    assert (out / name).read_bytes() == (FOLDER / name).read_bytes()
+    assert "`--without ring`" in (out / "README.md").read_text("utf-8")
+    given = {
+        "name": "r",
+        "task": {"family": "text_to_image", "data": {"name": "canvas", "limit": 48, "test_limit": 48}},
+        "request": {"concept": "ring"},
+        "recipe": "uce",
+    }
+    task = make_task(RunConfig(**given).task)
+    patch = patch_to(task, out / "model.safetensors", ForgetRequest.concept("ring"))
+    assert patch.changes
+    assert all(n.startswith("unet.") for n in patch)
+
+
 def test_two_steps_write_a_judge_that_loads(run, tmp_path):
     from expunge.models.canvas_judge import load_judge
 

@@ -18,6 +18,7 @@ from expunge.diffusion.parameter_sets import select
 from expunge.errors import ConfigError, DataError, RequestError
 from expunge.method import build_recipe
 from expunge.methods._ablation import AblatingConcepts
+from expunge.methods._anchors import sources
 from expunge.schedule import Paired
 from expunge.tasks.tiny_text_to_image import tiny_text_to_image
 
@@ -114,7 +115,7 @@ def test_generated_anchors_are_made_once_by_the_original(task: Any) -> None:
     bound = part.bind(ctx)
     batch = batch_of(ctx, "concept")
     first = bound({"concept": batch})["concept"].values.detach()
-    (anchors,) = [t for n, t in ctx.state.items() if "anchors" in n]
+    anchors = ctx.state["ablating_concepts.anchors"]
     assert list(anchors.shape) == [3, *task.latent_shape]
     kept = anchors.clone()
     for p in task.unet.parameters():
@@ -124,11 +125,11 @@ def test_generated_anchors_are_made_once_by_the_original(task: Any) -> None:
     other = context(task)
     values = part.bind(other)({"concept": batch_of(other, "concept")})["concept"].values.detach()
     assert not torch.allclose(values, first, rtol=1e-3)
-    assert all("square" in c for c, _ in part._sources(ctx))
+    assert all("square" in c for c, _ in sources(part, ctx))
     with pytest.raises(RequestError, match="give 'captions'"):
-        AblatingConcepts(anchor="hexagon")._sources(ctx)
+        sources(AblatingConcepts(anchor="hexagon"), ctx)
     with pytest.raises(ConfigError, match="need 'anchor'"):
-        AblatingConcepts(captions=("a hexagon",))._sources(ctx)
+        AblatingConcepts(captions=("a hexagon",), schedule=Paired(streams=("concept",))).bind(ctx)
 
 
 def test_captions_by_form(task: Any) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from expunge.bench import BenchResult, bench, control_recipes, save
 from expunge.bench_files import FRAME
-from expunge.bench_table import Cell, lines, markdown
+from expunge.bench_table import Cell, Line, columns, lines, markdown
 from expunge.cli import app
 from expunge.config import BenchConfig, Source, parse_config
 from expunge.errors import CapabilityError
@@ -220,3 +220,12 @@ def test_names_cannot_break_the_table() -> None:
     assert "\x1b" not in text
     assert "<script>" not in text
     assert "a\\|b" in text
+
+
+def test_models_that_draw_have_the_columns_of_drawn_images() -> None:
+    def row(**values: float) -> Line:
+        return Line("r", "m", "after", {k: [v] for k, v in values.items()}, 1, 0)
+
+    drawn = [row(ua=1.0, ta=2.0, aus=3.0, gen_ua=1.0, gen_ira=2.0, gen_cra=4.0, run_time=5.0)]
+    assert columns(drawn) == ["gen_ua", "gen_ira", "gen_cra", "run_time"]
+    assert columns([row(ua=1.0, ta=2.0, aus=3.0)]) == ["ua", "ta", "aus"]

@@ -271,3 +271,33 @@ def test_metadata_folder(tmp_path):
     (tmp_path / "a.jpg").write_bytes(image(1))
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.jpg", "caption": "a cat"}), "utf-8")
     assert load_captioned(tmp_path, axis_names=["cat"]).captions == ("a cat",)
+
+
+def test_drawn_images_are_read_with_their_prompts(tmp_path):
+    """What `expunge generate` leaves in a folder; an image that is not drawn yet is an error that names it."""
+    from expunge.diffusion.asks import Ask, repeated
+    from expunge.diffusion.generate import generate_files
+
+    asks = repeated([Ask("a star in neon style", 0, 0), Ask("a ring in flat style", 0, 1)], 3)
+    paths = generate_files(
+        lambda some: torch.full((len(some), 3, 8, 8), 0.5), asks, tmp_path, batch_size=4, facts={"model": "none"}
+    )
+    found = load_captioned(tmp_path, axis_names=["neon", "flat"])
+    assert found.captions == tuple(a.prompt for a in asks)
+    assert found.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.images(torch.arange(6)).shape == (6, 3, 8, 8)
+    paths[4].unlink()
+    with pytest.raises(DataError, match="1_1: not drawn yet"):
+        load_captioned(tmp_path, axis_names=["neon", "flat"])
+
+
+def test_the_axis_of_names_can_be_called_as_a_judge_knows_it(tmp_path):
+    from expunge.data import DataSpec, load_data
+    from expunge.diffusion.asks import Ask, repeated
+    from expunge.diffusion.generate import generate_files
+
+    asks = repeated([Ask("a star in neon style", 0, 0), Ask("a ring in flat style", 0, 1)], 3)
+    generate_files(lambda some: torch.zeros(len(some), 3, 8, 8), asks, tmp_path, batch_size=8, facts={"model": "none"})
+    for axis, name in ((None, "name"), ("style", "style")):
+        data = load_data(DataSpec(name="captions", path=str(tmp_path), names=("neon", "flat"), axis=axis, cache=False))
+        assert list(data.train.axes) == list(data.test.axes) == [name]

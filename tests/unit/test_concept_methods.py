@@ -32,11 +32,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "teacher": "frozen", "parameters": "attn",
     },
     "forget_me_not": {},
+    "forget_me_not inverted": {"inversion": {"tokens": 2, "steps": 2}, "words": True},
     "forget_me_not empty": {"images": False, "parameters": "cross-attn-all", "profile": "as_published"},
 }  # fmt: skip
 SETS = {
     "esd": "esd-x", "esd images": "esd-u", "esd paper": "cross-attn", "ablating_concepts": "cross-attn",
     "ablating_concepts generated": "attn", "forget_me_not": "full-weight", "forget_me_not empty": "cross-attn-all",
+    "forget_me_not inverted": "full-weight",
 }  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused(task, pair):
         erase_concepts(task, [], recipe())
     with pytest.raises(RequestError, match="an earlier patch of 'heart'"):
         erase_concepts(task, ["heart"], recipe(), earlier=pair)
-    with pytest.raises(ConfigError, match="one request for each"):
+    with pytest.raises(ConfigError, match=r"write \{\} for its name"):
         erase_concepts(task, ["heart"], recipe(prompts=("a heart",)))
     with pytest.raises(RequestError, match="leaves no direction of 64"):
         erase_concepts(task, ["heart", "moon"], recipe())

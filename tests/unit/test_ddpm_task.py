@@ -14,10 +14,10 @@ from expunge.digest import model_digest
 from expunge.errors import ArtifactError, CapabilityError, ConfigError, DataError, RequestError
 from expunge.evaluation import Candidate, evaluate
 from expunge.method import build_recipe
-from expunge.methods.ddpm_esd import ClassEsd
 from expunge.metrics.judge import cited, observe_generated
 from expunge.models.class_judge import ClassJudge, train_judge
 from expunge.models.ddpm import DdpmSpec, build_ddpm
+from expunge.objectives.conditioning import DenoisingEsd
 from expunge.objectives.cross_entropy import RandomLabel
 from expunge.objectives.denoising import PublishedDenoising
 from expunge.patch.apply import apply, revert
@@ -137,7 +137,7 @@ def test_guidance_as_the_published_code_counts(task):
     """w = 2: three times the conditional prediction minus twice the unconditional one."""
     batch = batch_of(task)
     x, t, _ = task.drawn(batch)
-    given, without = task.eps(x, t, batch.targets), task.eps(x, t, task.unconditional(batch))
+    given, without = task.eps(x, t, batch.targets), task.eps(x, t, task.unconditional(len(batch)))
     assert torch.allclose(task.guided_eps(x, t, batch.targets, 3.0), 3 * given - 2 * without, atol=1e-5)
     assert torch.equal(task.guided_eps(x, t, batch.targets, 1.0), given)
     assert not torch.allclose(given, without)
@@ -186,7 +186,7 @@ def test_classes_are_dropped_from_retain_samples_in_training(task):
         task.model.eval()
         assert torch.allclose(moved, still) is not changes
         x, t, noise = task.drawn(batch)
-        null = (task.eps(x, t, task.unconditional(batch)) - noise).square().mean((1, 2, 3))
+        null = (task.eps(x, t, task.unconditional(len(batch))) - noise).square().mean((1, 2, 3))
         assert torch.allclose(moved, null) is changes
     labels = torch.zeros(4000, dtype=torch.int64)
     many = replace(batch_of(task), ids=torch.arange(4000))
@@ -222,10 +222,10 @@ def test_published_sums_are_means_times_the_numbers_of_an_image(task):
 )
 def test_class_esd_at_the_first_step(task, convention, eta, factor):
     """Student and teacher are one model: the loss is a known multiple of the squared guidance direction."""
-    batches, terms = losses(task, ClassEsd(convention=convention, eta=eta), ("forget",))
+    batches, terms = losses(task, DenoisingEsd(convention=convention, eta=eta), ("forget",))
     batch = batches["forget"]
     x, t, _ = task.drawn(batch)
-    direction = task.eps(x, t, batch.targets) - task.eps(x, t, task.unconditional(batch))
+    direction = task.eps(x, t, batch.targets) - task.eps(x, t, task.unconditional(len(batch)))
     assert torch.allclose(terms["forget"].values, factor * direction.square().mean((1, 2, 3)), rtol=1e-4)
 
 
@@ -243,7 +243,7 @@ def test_the_mask_averages_several_draws(task):
 
 def test_other_tasks_are_refused():
     other = tiny_classifier(steps=0)
-    with pytest.raises(CapabilityError, match="class_condition"):
+    with pytest.raises(CapabilityError, match="needs diffusion"):
         unlearn(other, ForgetRequest.label("ant"), build_recipe("class_esd"))
 
 

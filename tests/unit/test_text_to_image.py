@@ -179,7 +179,7 @@ def test_states_are_the_pipelines_own_and_the_same_in_any_company(task):
         found = task.states(prompts)
         assert torch.equal(found, own)
         assert torch.equal(task.states(prompts[2:])[0], found[2])
-        assert torch.equal(task.unconditional(batch_of(task, task.everything(), "retain", 2))[1], found[1])
+        assert torch.equal(task.unconditional(2)[1], found[1])
     assert_close(states, own)
 
 
@@ -379,13 +379,41 @@ def test_a_run_is_evaluated_by_what_it_draws():
     assert any(row.forgotten for row in report.samples.rows)
 
 
-def test_without_a_fitting_judge_there_is_no_evaluation(task, split):
-    with pytest.raises(CapabilityError, match="needs a judge"):
-        task.observe(split)
+def test_without_a_judge_images_are_compared_and_ua_ira_and_cra_are_not_run(tmp_path):
+    from expunge.evaluation import Candidate, evaluate
+    from expunge.method import build_recipe
+    from expunge.report.model import Report
+    from expunge.run import unlearn
+
+    task = tiny_text_to_image(images=False)
+    patch = unlearn(task, STAR, build_recipe("uce"))
+    report = evaluate(task, STAR, [Candidate("uce", patch)], attacks=())
+    for row in report.rows:
+        for key in ("gen_ua", "gen_ira", "gen_cra", "gen_cra_all"):
+            assert row.metrics[key].note.startswith("no judge"), (row.name, key)
+        assert "ua" not in row.metrics
+    assert report.samples.metrics[1]["fid"].note == "no judge, so no features"
+    assert report.samples.metrics[1]["pair_mse"].ran
+    assert report.samples.judge == ""
+    assert {s.seen for row in report.samples.rows for cell in row.cells for s in cell} == {""}
+    assert report.samples.named == "star"
+    assert any(row.forgotten for row in report.samples.rows)
+    report.save_html(tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "not run: no judge" in page
+    assert "a judge, a separate model" not in page
+    report.save_json(tmp_path / "r.json")
+    assert Report.load_json(tmp_path / "r.json").samples == report.samples
+
+
+def test_a_judge_that_does_not_fit_is_refused():
     judged = tiny_text_to_image(images=False, judged=True)
     judged.axes["style"] = Axis(torch.zeros(1, dtype=torch.int64), ("plain", "fancy"))
     with pytest.raises(CapabilityError, match="axis 'style'"):
         judged.observe(judged.split(STAR))
+    judged.axis = "colour"
+    with pytest.raises(CapabilityError, match="needs a judge of the axis 'colour'; this one knows object, style"):
+        judged.check_judge()
 
 
 def test_data_that_do_not_fit_are_refused():

@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from expunge.cli.app import app, main
-from expunge.cli.commands import analyze, ask, catalog, data, evidence, generate, patches, plan, runs, transfer
+from expunge.cli.commands import (
+    analyze,
+    ask,
+    catalog,
+    data,
+    erase,
+    evidence,
+    generate,
+    judge,
+    patches,
+    plan,
+    prompts,
+    runs,
+    transfer,
+)
 
 __all__ = [
     "analyze",
@@ -11,11 +25,14 @@ __all__ = [
     "ask",
     "catalog",
     "data",
+    "erase",
     "evidence",
     "generate",
+    "judge",
     "main",
     "patches",
     "plan",
+    "prompts",
     "runs",
     "transfer",
 ]

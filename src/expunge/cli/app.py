@@ -29,8 +29,9 @@ def complain(text: object, colour: str = "red", label: str = "error") -> None:
 
 
 _ORDER = (
-    *("demo", "plan", "train", "run", "bench", "evaluate", "report", "analyze"),
-    *("apply", "revert", "transfer", "ask", "generate", "info", "list", "data", "schema", "convert"),
+    *("demo", "plan", "train", "run", "erase", "bench", "evaluate", "report", "analyze"),
+    *("apply", "revert", "transfer", "ask", "prompts", "generate", "judge", "summary"),
+    *("info", "list", "data", "schema", "convert"),
 )
 
 

@@ -206,15 +206,20 @@ def _position(items: list[Any], step: str, key: str) -> int:
 
 
 def resolve_paths(data: Any, keys: Iterable[Sequence[str]], folder: Path | None) -> None:
-    """Turn relative paths into existing ones, in place: as given from the working directory, else from ``folder``."""
+    """Turn relative paths into existing ones, in place: as given from the working directory, else from ``folder``.
+
+    ``*`` in a key stands for every key at its place.
+    """
     if folder is None:
         return
     for steps in keys:
-        node = data
+        nodes = [data]
         for step in steps[:-1]:
-            node = node.get(step) if isinstance(node, dict) else None
-        value = node.get(steps[-1]) if isinstance(node, dict) else None
-        if not isinstance(value, str) or Path(value).is_absolute() or Path(value).exists():
-            continue
-        if (folder / value).exists():
-            node[steps[-1]] = str((folder / value).resolve())
+            below = [n for n in nodes if isinstance(n, dict)]
+            nodes = [n.get(key) for n in below for key in (n if step == "*" else (step,))]
+        for node in nodes:
+            value = node.get(steps[-1]) if isinstance(node, dict) else None
+            if not isinstance(value, str) or Path(value).is_absolute() or Path(value).exists():
+                continue
+            if (folder / value).exists():
+                node[steps[-1]] = str((folder / value).resolve())

@@ -19,7 +19,7 @@ from expunge.part import Frozen
 
 
 def load_pairs(spec: DataSpec) -> tuple[CaptionedImages, CaptionedImages, str]:
-    """Training pairs and test images with one label axis, ``name``, and where they come from.
+    """Training pairs and test images with one label axis, called ``axis`` or ``name``, and where they come from.
 
     Classes are the names of the test images: all people of CelebA's identity file, the class folders of ``test_path``,
     or ``names``; and a last one, ``other``, for captions that mention none of them. Without ``test_path`` a part of the
@@ -29,6 +29,18 @@ def load_pairs(spec: DataSpec) -> tuple[CaptionedImages, CaptionedImages, str]:
         ConfigError: Settings that do not fit together.
         DataError: Files missing or broken, or a named class that has no images.
     """
+    train, test, source = _pairs(spec)
+    return _called(train, spec.axis), _called(test, spec.axis), source
+
+
+def _called(images: CaptionedImages, axis: str | None) -> CaptionedImages:
+    """The images with their one label axis under another name."""
+    if axis is None or axis in images.axes:
+        return images
+    return CaptionedImages(images.base, images.captions, {axis: next(iter(images.axes.values()))})
+
+
+def _pairs(spec: DataSpec) -> tuple[CaptionedImages, CaptionedImages, str]:
     decoding: dict[str, Any] = {"resize": spec.resize, "on_bad": spec.on_bad, "max_bad": spec.max_bad}
     decoding["max_pixels"] = spec.max_pixels
     path = Path(str(spec.path)).expanduser()

@@ -45,7 +45,8 @@ class DataSpec(Frozen):
         names: ``captions``: the classes, as names that captions may mention; a list, or a file with one per line. For
             CelebA, the people whose images are taken.
         templates: ``captions``: prompts with ``{}`` for the name.
-        axis: ``canvas``, ``captions``: the label axis that gives the classes; the main one by default.
+        axis: ``canvas``: the label axis that gives the classes; the main one by default. ``captions``: what the axis of
+            ``names`` is called, such as ``style``, which a judge may know; ``name`` by default.
     """
 
     name: str = "digits"

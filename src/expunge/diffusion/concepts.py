@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from expunge.diffusion.at_once import Weights, train_at_once
+from expunge.diffusion.concept_plan import ConceptPlan, Wordings, plan_concepts, rooms
 from expunge.diffusion.merge import Effect, effects, reproject
 from expunge.diffusion.nullspace import TOLERANCE, component
 from expunge.diffusion.selection import KEY, VALUE
@@ -23,8 +25,8 @@ from expunge.patch.changes import Change
 from expunge.patch.low_rank import compress
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest
-from expunge.run import PATCH, unlearn
-from expunge.spaces.concept_shift import FINDINGS, ConceptShift, states_of
+from expunge.run import PATCH, RUN, is_main_process, unlearn
+from expunge.spaces.concept_shift import FINDINGS, states_of
 from expunge.tasks.text_to_image import TextToImageTask
 
 #: Where the effects of concepts on one another, and of all of them together, stand in a patch's findings.
@@ -37,16 +39,23 @@ def erase_concepts(
     recipe: Recipe,
     *,
     earlier: Mapping[str, Patch] | None = None,
-    wordings: Literal["all", "first"] = "all",
+    wordings: Wordings = "all",
+    at_once: bool = False,
+    weights: Weights = "balanced",
     seed: int = 0,
     run_dir: str | Path | None = None,
+    checkpoint_every: int | None = None,
     progress: bool = False,
 ) -> dict[str, Patch]:
-    """Erase concepts one after the other, each on the untouched model, into a patch of its own.
+    """Erase concepts, each into a patch of its own: one after the other, or in one run.
 
-    Every shift protects the prompts of all other concepts, so that they train exactly as they would together (no shift
-    has a gradient on another's concept), and any subset can be at work: apply the patches in any order, take any of
-    them off. Source: SRS-ME, arXiv 2402.05947, section 4.2.
+    Every shift protects the prompts of all other concepts and starts at the untouched model, so that no shift has a
+    gradient on another's concept, and any subset can be at work: apply the patches in any order, take any of them off.
+    Source: SRS-ME, arXiv 2402.05947, section 4.2.
+
+    Training at once takes the memory of training one, and with ``equal`` weights gives what separate runs give. It
+    makes a difference where concepts do not protect one another entirely (``wordings``, ``others_tolerance``): each is
+    then trained in the presence of the others.
 
     Earlier patches are not made anew: they do not protect what came later. The findings of the patches say how much
     they change it; :func:`protect_later` makes up for it.
@@ -57,8 +66,11 @@ def erase_concepts(
         recipe: How to erase each of them, in the space ``concept_shift``.
         earlier: Patches of concepts that were erased before, by name; new ones protect them.
         wordings: Protect all prompts of the other concepts, or the first of each.
+        at_once: All in one run, whose every step grades concept after concept.
+        weights: Of the concepts in such a run: ``balanced`` as in the paper, or ``equal``.
         seed: Seed of the runs.
         run_dir: Folder of the runs, one below it for each concept.
+        checkpoint_every: Steps between checkpoints; by default at every epoch's end.
         progress: Show progress bars.
 
     Returns:
@@ -68,47 +80,70 @@ def erase_concepts(
         ConfigError: A recipe of another kind, or a model with patches.
         RequestError: A concept is named twice, or more are protected than fit.
     """
-    space = recipe.space
-    if not isinstance(space, ConceptShift):
-        raise ConfigError(f"separate patches need the space 'concept_shift', not '{space.part_name}'")
-    if getattr(recipe.objective, "prompts", ()):
-        raise ConfigError("'prompts' of the objective are those of one concept; give one request for each instead")
-    if applied(task.model):
-        raise ConfigError("the model carries patches; `revert` them first, for every concept starts at the original")
-    before = dict(earlier or {})
-    asked = _asked(concepts)
-    repeated = [n for n in asked if n in before]
-    if repeated:
-        raise RequestError(f"there is an earlier patch of '{repeated[0]}' already")
-    requests = {n: ForgetRequest(**p.manifest.request) for n, p in before.items()} | asked
-    prompts = {n: task.concept_prompts(task.split(r)) for n, r in requests.items()}
-    shown = {n: p if wordings == "all" else p[:1] for n, p in prompts.items()}
-    patches: dict[str, Patch] = {}
-    for name, request in asked.items():
-        others = [p for n in prompts if n != name for p in shown[n]]
-        protect = tuple(p for p in dict.fromkeys([*space.protect, *others]) if p not in prompts[name])
-        own = space.model_copy(update={"protect": protect})
-        folder = None if run_dir is None else Path(run_dir) / re.sub(r"[^\w-]+", "_", name)
-        patches[name] = unlearn(task, request, recipe.replace(space=own), seed=seed, run_dir=folder, progress=progress)
-    always = ["", *space.protect, *space.watermarks]
-    report = _report(task, before, patches, prompts, always)
+    plan = plan_concepts(task, concepts, recipe, earlier=earlier, wordings=wordings)
+    folders = _folders(plan, run_dir, at_once)
+    rooms(task, plan)
+    patches: dict[str, Patch]
+    if at_once:
+        top = None if run_dir is None else Path(run_dir)
+        patches = train_at_once(
+            task,
+            plan.requests,
+            plan.recipes,
+            weights=weights,
+            seed=seed,
+            run_dir=top,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+    else:
+        patches = {
+            name: unlearn(
+                task,
+                request,
+                plan.recipes[name],
+                seed=seed,
+                run_dir=folders.get(name),
+                checkpoint_every=checkpoint_every,
+                progress=progress,
+            )
+            for name, request in plan.requests.items()
+        }
+    report = _report(task, plan.earlier, patches, plan.prompts, plan.always)
     for name, patch in patches.items():
         patches[name] = _with_findings(patch, report(name))
-        if run_dir is not None:
-            patches[name].save(Path(run_dir) / re.sub(r"[^\w-]+", "_", name) / PATCH)
+        if name in folders and is_main_process():
+            folders[name].mkdir(parents=True, exist_ok=True)
+            patches[name].save(folders[name] / PATCH)
     return patches
 
 
-def _asked(concepts: Sequence[str | ForgetRequest]) -> dict[str, ForgetRequest]:
-    found: dict[str, ForgetRequest] = {}
-    for concept in concepts:
-        request = ForgetRequest.concept(concept) if isinstance(concept, str) else concept
-        name = concept if isinstance(concept, str) else request.title
-        if name in found:
-            raise RequestError(f"the concept '{name}' is named twice")
-        found[name] = request
-    if not found:
-        raise RequestError("no concept is named")
+def folder_of(concept: str) -> str:
+    """Name of a concept's folder within that of several.
+
+    >>> folder_of("Van Gogh")
+    'Van_Gogh'
+    """
+    return re.sub(r"[^\w-]+", "_", concept)
+
+
+def _folders(plan: ConceptPlan, run_dir: str | Path | None, at_once: bool) -> dict[str, Path]:
+    """A folder for each concept.
+
+    Raises:
+        ConfigError: Two concepts would share one, or runs of the other kind are there.
+    """
+    if run_dir is None:
+        return {}
+    top = Path(run_dir)
+    found = {n: top / folder_of(n) for n in plan.requests}
+    if len(set(found.values())) < len(found):
+        raise ConfigError(f"two of the concepts {', '.join(found)} have the same folder name; run them apart")
+    if not at_once and (top / RUN).exists():
+        raise ConfigError(f"{top} holds a run of several concepts at once; choose another folder or remove it")
+    separate = next((f for f in found.values() if (f / RUN).exists()), None)
+    if at_once and separate is not None:
+        raise ConfigError(f"{separate} holds a run of its own; choose another folder for a run at once, or remove it")
     return found
 
 

@@ -21,6 +21,7 @@ from expunge.diffusion.asks import Ask as Ask
 from expunge.diffusion.asks import about, distinct
 from expunge.diffusion.asks import first_noise as first_noise
 from expunge.diffusion.asks import prompts_from_csv as prompts_from_csv
+from expunge.diffusion.asks import read_prompts as read_prompts
 from expunge.diffusion.asks import repeated as repeated
 from expunge.diffusion.image_folder import ImageFolder, load_images
 from expunge.digest import model_digest
@@ -66,7 +67,7 @@ def generate(
         return load_images(paths)
     _check(asks, batch_size)
     parts = []
-    with _bar(len(asks), progress) as advance:
+    with progress_bar(len(asks), progress) as advance:
         for chunk in _chunks(asks, batch_size):
             parts.append(_drawn(sample, chunk))
             advance(len(chunk))
@@ -109,7 +110,7 @@ def generate_files(
     distinct(asks, str(folder))
     kept = ImageFolder(Path(folder), asks, facts)
     missing = [a for a in asks if not kept.has(a)]
-    with _bar(len(asks), progress, len(asks) - len(missing)) as advance:
+    with progress_bar(len(asks), progress, len(asks) - len(missing)) as advance:
         for chunk in _chunks(missing, batch_size):
             for ask, image in zip(chunk, _drawn(sample, chunk), strict=True):
                 kept.put(ask, image)
@@ -166,7 +167,8 @@ def _chunks(asks: Sequence[Ask], size: int) -> Iterator[Sequence[Ask]]:
 
 
 @contextmanager
-def _bar(total: int, shown: bool, done: int = 0) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, shown: bool, done: int = 0, what: str = "drawing") -> Iterator[Callable[[int], None]]:
+    """A bar on standard error; yields what moves it on."""
     if not shown:
         yield lambda count: None
         return
@@ -175,5 +177,5 @@ def _bar(total: int, shown: bool, done: int = 0) -> Iterator[Callable[[int], Non
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=total, completed=done)
+        task = bar.add_task(what, total=total, completed=done)
         yield lambda count: bar.update(task, advance=count)

@@ -18,6 +18,7 @@ from expunge.errors import CapabilityError, RequestError
 from expunge.models.pipelines import TextToImage
 from expunge.recipe import Recipe
 from expunge.spaces.base import select_parameters
+from expunge.spaces.unet_set import unet_parameters
 from expunge.tasks.base import Split
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 _DIRECT = ("all", "layers", "matched_layers", "unet_set", "cross_attention")
 #: Samples of a role whose size is not given.
 _SAMPLES = 1000
+#: Steps of the sampler where only the task knows them.
+_SAMPLING = 50
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ACTIVATIONS = "activations"
+#: What an update needs; by then activations are gone.
+_UPDATE = ("gradients", "optimiser's workspace")
 _STATES = {"adam": 8, "adamw": 8, "sgd": 4}
 
 
@@ -63,7 +69,8 @@ class Plan:
         passes: Per sample.
         flops: Operations of a step.
         memory: Bytes on the device, by what they are for.
-        host: Bytes in host memory for the copy from which the model is put back.
+        host: Bytes in host memory: the pipeline as loaded, from which the model is put back, and the autoencoder. On
+            the CPU what of it is not among the weights above.
         seconds: Of the whole run, if a speed was given.
         notes: What the figures leave out.
     """
@@ -88,8 +95,10 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at the worst moment."""
-        return sum(self.memory.values())
+        """Bytes on the device at the worst moment: gradients come as activations go."""
+        passing, update = ({w: self.memory.get(w, 0) for w in names} for names in ((_ACTIVATIONS,), _UPDATE))
+        rest = sum(size for what, size in self.memory.items() if what not in {**passing, **update})
+        return rest + max(sum(passing.values()), sum(update.values()))
 
 
 def plan(
@@ -100,6 +109,9 @@ def plan(
     protected: int | None = None,
     speed: float | None = None,
     stored: int = 4,
+    side: int | None = None,
+    checkpointing: bool = False,
+    on_cpu: bool = False,
 ) -> Plan:
     """Predict the cost of a recipe without loading a weight.
 
@@ -110,6 +122,9 @@ def plan(
         protected: SRS-ME: prompts that stay beside the empty one; by default those that the recipe lists.
         speed: Operations per second that the device reaches in such a model (a third of its nominal figure, say).
         stored: Bytes of a weight as the pipeline is loaded.
+        side: Latent cells along one side; those of the U-Net's configuration by default.
+        checkpointing: With gradient checkpointing.
+        on_cpu: For a run on the CPU; on a GPU optimisers take room for one more copy of what they move.
 
     Raises:
         RequestError: The recipe's space does not fit the model, or protected prompts leave no direction.
@@ -117,6 +132,8 @@ def plan(
     """
     model = shape.build()
     notes = ["memory of kernels' workspaces and of fragmentation is not counted"]
+    if checkpointing:
+        notes.append("with gradient checkpointing: one more pass for each with gradients")
     targets, keep = _targets(recipe, model)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -136,11 +153,15 @@ def plan(
     steps, samples, at_once = _steps(recipe, sizes or {})
     passes = passes_of(recipe)
     kind = torch.float32 if recipe.optim.precision == "fp32" else torch.bfloat16
-    single = one_pass(model.unet, kind)
+    single = one_pass(model.unet, kind, side=side, again=checkpointing)
     forward = samples * single.flops
     share = sum(p.numel() for n, p in targets.items() if n.startswith("unet.")) / count(model.unet)
-    flops = forward * (passes.free + passes.graded * (2 + share))
-    memory = _memory(recipe, model, trained, at_once * single.saved if passes.graded else 0)
+    flops = forward * (passes.free + passes.graded * (2 + share + checkpointing))
+    before, remark = before_the_first_step(recipe)
+    notes += [remark] if remark else []
+    saved = round(at_once * single.saved * passes.graded)
+    memory = _memory(recipe, model, trained, changed, saved, pieces=at_once < samples, on_cpu=on_cpu)
+    host = 4 * shape.autoencoder + (0 if on_cpu and stored == 4 else stored * count(model))
     if recipe.edit is not None:
         notes.append("an edit in one go; passes over data that it makes are not counted")
         steps = 0
@@ -161,8 +182,8 @@ def plan(
         passes=passes,
         flops=flops,
         memory=memory,
-        host=stored * count(model),
-        seconds=None if speed is None else steps * flops / speed,
+        host=host,
+        seconds=None if speed is None else (steps * flops + before * single.flops) / speed,
         notes=tuple(notes),
     )
 
@@ -193,10 +214,27 @@ def passes_of(recipe: Recipe) -> Passes:
     if own.part_name == "esd":
         sampling = (own.inference_steps - 1) / 2 * (1 if own.guidance == 1 else 2) if own.x_t == "sampled" else 0
         return Passes(1, sampling + (2 if own.erase_from is None else 3))
-    return {
-        "concept_correlation": Passes(1, 2),
-        "ablating_concepts": Passes(1, 1),
-    }.get(own.part_name, Passes(1, 0))
+    if own.part_name == "concept_correlation":
+        return Passes(1 if recipe.space.part_name == "concept_shift" else 2, 2)
+    if own.part_name == "ablating_concepts":
+        return Passes(1 + (own.prior > 0), 0 if own.variant == "noise" else 1)
+    goals = {"pseudo_label": 1, "denoising_esd": 2}.get(own.part_name, 0)  # of forget samples only
+    return Passes(1, goals / len(own.schedule.roles()))
+
+
+def before_the_first_step(recipe: Recipe) -> tuple[float, str]:
+    """What a method does before it trains, counted in passes of one sample without gradients, and a remark on it."""
+    own: Any = recipe.objective
+    if own is not None and own.part_name == "forget_me_not" and own.inversion is not None:
+        samples = own.inversion.steps * own.inversion.batch_size
+        remark = f"textual inversion first: {own.inversion.steps} steps of {own.inversion.batch_size} for each concept"
+        return 2.0 * samples, remark  # forward, and backward to the text alone
+    if own is not None and own.part_name == "ablating_concepts" and "concept" in own.schedule.roles():
+        steps = own.anchor_steps or _SAMPLING
+        told = "" if own.anchor_steps else "; the number of steps is taken to be 50"
+        passes = own.anchor_images * steps * (1 if own.anchor_guidance == 1 else 2)
+        return float(passes), f"anchors are drawn first: {own.anchor_images} images of {steps} steps{told}"
+    return 0.0, ""
 
 
 def table(found: Plan) -> Table:
@@ -223,7 +261,7 @@ def rows(found: Plan) -> list[tuple[str, str]]:
         ("operations per step", f"{found.flops / 1e12:.3g} T"),
         *((f"device memory: {what}", megabytes(size)) for what, size in found.memory.items()),
         ("device memory, peak", megabytes(found.peak)),
-        ("host memory: copy of the model", megabytes(found.host)),
+        ("host memory: pipeline as loaded", megabytes(found.host)),
     ]
     if found.directions is not None:
         shown.insert(4, ("directions left by protected prompts", f"{found.directions}"))
@@ -250,7 +288,12 @@ def _targets(recipe: Recipe, model: TextToImage) -> tuple[dict[str, nn.Parameter
         names = {id(p): n for n, p in model.named_parameters()}
         return {names[id(p)]: p for p in opened.parameters.values()}, 1.0
     if kind in ("saliency_mask", "denoising_mask"):
-        return select_parameters(model, getattr(space, "targets", ("*",))), float(getattr(space, "keep", 1.0))
+        chosen: Any = space
+        if getattr(chosen, "parameters", None) is not None:
+            found = unet_parameters(model, model.unet, chosen.parameters)
+        else:
+            found = select_parameters(model, ("unet.*",) if chosen.targets == ("*",) else chosen.targets)
+        return found, float(chosen.keep)
     raise CapabilityError(f"how large the space '{kind}' is cannot be told without weights")
 
 
@@ -276,16 +319,27 @@ def _steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int, int]:
     return min(total, optim.max_steps or total), samples, at_once
 
 
-def _memory(recipe: Recipe, model: nn.Module, trained: int, saved: int) -> dict[str, int]:
+def _memory(
+    recipe: Recipe, model: nn.Module, trained: int, changed: int, saved: int, *, pieces: bool, on_cpu: bool
+) -> dict[str, int]:
     memory = {"weights, float32": 4 * count(model)}
     if recipe.edit is not None:
         return memory
-    optim, own = recipe.optim, recipe.objective
+    optim, own, kind = recipe.optim, recipe.objective, recipe.space.part_name
     states = 0 if optim.name == "sgd" and not optim.momentum else _STATES[optim.name]
-    copies = 0 if recipe.space.part_name == "concept_shift" else 4 * trained
-    if own is not None and own.part_name in ("esd", "ablating_concepts"):
-        copies += 4 * trained
-    memory |= {"gradients": 4 * trained, "optimiser": states * trained, "first values of what is trained": copies}
+    memory["optimiser"] = states * trained
+    if kind != "concept_shift":
+        memory["first values of what is trained"] = 4 * trained
+    if "mask" in kind:
+        memory["mask"] = trained
     if _BYTES[optim.precision] < 4:
         memory["weights, half precision"] = 2 * count(model)
-    return {**memory, "activations": saved}
+    if pieces:
+        memory["gradients of earlier pieces"] = 4 * trained
+    else:
+        memory[_UPDATE[0]] = 4 * trained
+    if not on_cpu and (optim.name != "sgd" or optim.weight_decay):
+        memory[_UPDATE[1]] = 4 * trained
+    if getattr(own, "lambda_l1", 0):
+        saved += 4 * changed
+    return {**memory, _ACTIVATIONS: saved}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from expunge.diffusion.recompute import recomputing
 from expunge.errors import ArtifactError, CapabilityError
 from expunge.models.pipelines import CANVAS, FOLDER, INSTALL, TextToImage
 from expunge.models.quiet import quiet
@@ -29,11 +31,15 @@ class Shape:
         name: What to call it.
         unet: Of diffusers' ``UNet2DConditionModel``.
         text: Of transformers' ``CLIPTextModel``; for XL of both encoders.
+        autoencoder: Number of its weights; by default that of Stable Diffusion 1.x, 2.x and XL.
+        factor: Pixels per latent cell, along one side.
     """
 
     name: str
     unet: Config
     text: tuple[Config, ...]
+    autoencoder: int = 83_653_863
+    factor: int = 8
 
     @property
     def width(self) -> int:
@@ -149,8 +155,23 @@ def shape_of(name: str) -> Shape:
         raise ArtifactError(
             f"'{name}' is no folder of a pipeline and its shape is not known; known are {', '.join([*SHAPES, *KNOWN])}"
         )
-    unet, *text = [json.loads(f.read_text(encoding="utf-8")) for f in found if f.is_file()]
-    return Shape(name, unet, tuple(text))
+    unet, *text = [_read(f) for f in found if f.is_file()]
+    vae = folder / "vae" / "config.json"
+    return Shape(name, unet, tuple(text), *(_autoencoder(_read(vae)) if vae.is_file() else ()))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def _autoencoder(config: Config) -> tuple[int, int]:
+    """Weights of an autoencoder, and pixels per latent cell."""
+    from diffusers import AutoencoderKL
+
+    with quiet(), torch.device("meta"):
+        vae: Any = AutoencoderKL(**_own(config))
+    return count(vae), 2 ** (len(config["block_out_channels"]) - 1)
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,7 @@ class Pass:
     saved: int
 
 
-def one_pass(unet: Any, dtype: torch.dtype) -> Pass:
+def one_pass(unet: Any, dtype: torch.dtype, *, side: int | None = None, again: bool = False) -> Pass:
     """Count operations and saved tensors of a pass, on the meta device; flags of parameters decide what is saved.
 
     Attention counts as fused: it saves its inputs and its output, no table of weights.
@@ -174,6 +195,8 @@ def one_pass(unet: Any, dtype: torch.dtype) -> Pass:
     Args:
         unet: On the meta device; it is converted to ``dtype``.
         dtype: Of the activations.
+        side: Latent cells along one side; those of the configuration by default.
+        again: With gradient checkpointing: what enters the blocks, and what the largest of them keeps.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -182,14 +205,27 @@ def one_pass(unet: Any, dtype: torch.dtype) -> Pass:
         unet.to(dtype)
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
     kept: dict[int, Tensor] = {}
+    largest = 0
 
-    def note(x: Tensor) -> Tensor:
+    def note(x: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
         if (key := x.untyped_storage()._cdata) not in weights:
             kept[key] = x
         return x
 
+    def block(module: Any, *inputs: Any) -> Any:
+        nonlocal largest
+        own: dict[int, Tensor] = {}
+        for x in inputs:
+            if isinstance(x, Tensor):
+                note(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: note(x, own), lambda x: x):
+            found = module(*inputs)
+        largest = max(largest, _bytes(own))
+        return found
+
     with torch.device("meta"):
-        x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, dtype=dtype)
+        side = side or config.sample_size
+        x = torch.empty(1, config.in_channels, side, side, dtype=dtype)
         states = torch.empty(1, 77, config.cross_attention_dim, dtype=dtype)
         added: dict[str, Any] = {}
         if config.addition_embed_type == "text_time":
@@ -197,10 +233,14 @@ def one_pass(unet: Any, dtype: torch.dtype) -> Pass:
             added = {"text_embeds": torch.empty(1, pooled, dtype=dtype), "time_ids": torch.empty(1, 6, dtype=dtype)}
         t = torch.zeros(1, dtype=torch.int64)
     fused, counter = _Fused(), FlopCounterMode(display=False)
-    with counter, fused, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    blocks = recomputing(unet, by=block) if again else nullcontext()
+    with counter, fused, blocks, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         unet(x, t, encoder_hidden_states=states, added_cond_kwargs=added or None)
-    saved = sum(k.untyped_storage().nbytes() for k in kept.values())
-    return Pass(counter.get_total_flops() + fused.flops, saved)
+    return Pass(counter.get_total_flops() + fused.flops, _bytes(kept) + largest)
+
+
+def _bytes(kept: Mapping[int, Tensor]) -> int:
+    return sum(k.untyped_storage().nbytes() for k in kept.values())
 
 
 @dataclass

@@ -28,6 +28,17 @@ _ZERO = 1e-11
 Form = Literal["smallest", "dense", "factors"]
 
 
+@torch.no_grad()
+def in_form(factors: LowRank, form: Form) -> Change:
+    """A change ``Omega (beta S)`` as a patch stores it; see :meth:`Shift.change`."""
+    if form == "factors":
+        return factors
+    delta = (factors.up.double() @ factors.down.double()).float()
+    if form == "dense":
+        return Dense(delta)
+    return min((c for c in (factors, compress(delta)) if c is not None), key=lambda c: c.nbytes)
+
+
 class Shift:
     """The shift of one concept: coefficients over a basis of directions that protected prompts do not see.
 
@@ -109,13 +120,7 @@ class Shift:
         """
         omega = self.omega[name].detach()
         shape = (omega.shape[0], self.vectors.shape[1])
-        factors = LowRank(omega.cpu(), self._scaled32.cpu(), shape)
-        if form == "factors":
-            return factors
-        delta = (omega.double() @ self._scaled).float().cpu()
-        if form == "dense":
-            return Dense(delta)
-        return min((c for c in (factors, compress(delta)) if c is not None), key=lambda c: c.nbytes)
+        return in_form(LowRank(omega.cpu(), self._scaled32.cpu(), shape), form)
 
     def changes(self, form: Form = "smallest") -> dict[str, Change]:
         """Changes of all matrices that are not zero."""

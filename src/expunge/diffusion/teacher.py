@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from expunge.diffusion.process import Eps
-from expunge.restore import evaluating
+from expunge.restore import evaluating, snapshot
 from expunge.spaces.concept_shift import unshifted
 
 
@@ -19,8 +19,8 @@ class Teacher:
     The trained tensors' first values stand in for them during a pass. The values are not swapped in the parameters
     themselves: autocast remembers the half-precision copy of a parameter, and would give the student's to the teacher.
 
-    What is trained is known once the run has set the parameters' flags, after objectives are bound. So all values are
-    copied to the host first; with the first pass those of frozen tensors are dropped and the others go to the device.
+    What is trained is known once the run has set the parameters' flags, after objectives are bound. Until the first
+    pass all values are kept, then those of trained tensors; they take memory of their own where training has written.
 
     Args:
         unet: The network, with its original weights.
@@ -29,7 +29,7 @@ class Teacher:
 
     def __init__(self, unet: nn.Module, eps: Eps) -> None:
         self._unet, self._call = unet, _Call(unet, eps)
-        self._base = {n: p.detach().to("cpu", copy=True) for n, p in unet.named_parameters()}
+        self._base = {n: snapshot(p) for n, p in unet.named_parameters()}
         self._narrowed = False
 
     @property

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from expunge import rng
 from expunge.context import Context
 from expunge.diffusion import ablation as pure
+from expunge.diffusion.anchor_captions import check_source
 from expunge.diffusion.captions import content_caption, place, replaced_caption, style_caption
 from expunge.diffusion.latents import decode, encode, lent
-from expunge.diffusion.process import draw_noise
-from expunge.diffusion.sample import guided
 from expunge.diffusion.teacher import Teacher
-from expunge.errors import ConfigError, RequestError
-from expunge.methods._concepts import captions_of, concept_names, encoded, of_nothing, text_task
+from expunge.errors import ConfigError
+from expunge.methods._anchors import Anchors, anchors
+from expunge.methods._concepts import captions_of, concept_names, encoded, text_task, trains_text
+from expunge.models.clip import ClipSpec
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
 from expunge.registry import Info
@@ -39,9 +41,11 @@ DEVIATIONS = (
     "names are replaced as whole words, and a caption without the anchor's name is an error",
     "losses are means over channels; the diffusers script sums them, which changes the weight of the prior term",
     "both forms of style captions are equally likely; the diffusers script has one of them twice",
-    "generated anchors are drawn by the pipeline's own sampler with guidance 6",
+    "drawn anchors come from the task's sampler (DDIM) with guidance 6; the code: DPM-Solver++, 25 steps",
+    "200 anchors are drawn by default, one per caption of a list; the code draws 1000: `anchor_images`",
+    "captions come from lists of this package, files or the data; the code has its own lists or asks a language model",
+    "copies among anchors are found by a two-tower model of your choice; the code has SSCD: `exclude_similar_to`",
 )
-_ANCHORS = "ablating_concepts.anchors"
 
 
 class _Prepared(NamedTuple):
@@ -74,10 +78,17 @@ class AblatingConcepts(Objective):
             on images of the concept, the original's prediction for the caption with the anchor in the concept's place,
             under both captions; that under the anchor's weighs ``prior``.
         anchor: What the anchor is called in captions; by default the name of each image's class.
-        captions: Captions of generated anchors; by default the prompts of the other classes.
+        captions: Captions of generated anchors: the name of a list of the package (``painting``, ``cat``, ``dog``,
+            ``fish``, ``robot``, ``person``), a text file with one per line, or the captions themselves; by default the
+            prompts of the other classes.
         concepts: Names of the concept instead of the request's; of several the samples take turns.
         anchor_images: Number of generated anchors.
-        anchor_guidance: Classifier-free guidance of generated anchors.
+        anchor_steps: Steps of the sampler that draws them, by default the task's.
+        anchor_guidance: Classifier-free guidance of generated anchors. For the form ``content`` the concept is the
+            negative prompt.
+        exclude_similar_to: Image file; generated anchors that are too similar to it are left out (memorised images).
+        threshold: From which cosine of features on an anchor is left out.
+        similarity: The two-tower model of these features.
         prior: Weight of the denoising loss on anchors and their own captions.
         place: Shrink or enlarge pictures at random, and say so in captions.
         teacher: Whose prediction is the goal: the ``current`` weights', or the ``frozen`` original's.
@@ -88,14 +99,34 @@ class AblatingConcepts(Objective):
     form: Literal["object", "style", "memorised", "content"] = "object"
     variant: Literal["model", "noise", "srs-me"] = "model"
     anchor: str = ""
-    captions: tuple[str, ...] = ()
+    captions: str | tuple[str, ...] = ()
     concepts: tuple[str, ...] = ()
     anchor_images: int = Field(default=200, ge=1)
+    anchor_steps: int | None = Field(default=None, ge=1)
     anchor_guidance: float = Field(default=6.0, ge=0)
+    exclude_similar_to: str = ""
+    threshold: float = Field(default=0.5, gt=-1, le=1)
+    similarity: ClipSpec | None = None
     prior: float = Field(default=0.0, ge=0)
     place: bool = False
     teacher: Literal["current", "frozen"] = "current"
     detach_first: bool = True
+
+    @model_validator(mode="after")
+    def _fit(self) -> AblatingConcepts:
+        drawn = "concept" in self.schedule.roles()
+        if self.captions and not drawn:
+            raise ValueError("'captions' are those of generated anchors; images have captions of their own")
+        if isinstance(self.captions, str) and self.captions:
+            check_source(self.captions)
+        if drawn and self.form == "content" and self.anchor_guidance in (0, 1):
+            raise ValueError("without guidance a negative prompt does nothing: give an 'anchor_guidance' above 1")
+        if self.exclude_similar_to:
+            if not drawn or self.similarity is None:
+                raise ValueError("'exclude_similar_to' is for generated anchors and needs 'similarity', a CLIP model")
+            if not Path(self.exclude_similar_to).is_file():
+                raise ValueError(f"'exclude_similar_to': there is no file {self.exclude_similar_to}")
+        return self
 
     def bind(self, ctx: Context) -> LossFn:
         """Name the concept and return the loss function.
@@ -115,6 +146,7 @@ class AblatingConcepts(Objective):
             )
         frozen = Teacher(task.unet, task.eps) if theirs or self.teacher == "frozen" else None
         roles = ("forget",) if theirs else ("retain", "concept")
+        drawn = anchors(self, ctx, names) if "concept" in self.schedule.roles() else None
 
         def current(x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
             if torch.is_grad_enabled():
@@ -134,17 +166,19 @@ class AblatingConcepts(Objective):
                     assert frozen is not None
                     terms[role] = Term(self._toward_anchor(ctx, batch, names, frozen), role)
                     continue
-                ready = self._prepared(ctx, batch, names)
+                if ctx.roles and frozen is not None and trains_text(task):
+                    raise ConfigError("a frozen teacher keeps no text encoder: choose teacher 'current'")
+                ready = self._prepared(ctx, batch, names, drawn)
                 batch = replace(batch, inputs=ready.latents)
                 x_t, t, noise = task.drawn(batch)
-                anchors, model = encoded(task, ready.anchors), self.variant == "model"
+                model = self.variant == "model"
                 with pure.first_token_detached(task.unet) if self.detach_first else nullcontext():
                     values = pure.losses(
                         current,
                         x_t,
                         t,
-                        encoded(task, ready.targets),
-                        anchor_states=anchors if model else None,
+                        task.conditions(ready.targets),
+                        anchor_states=encoded(task, ready.anchors) if model else None,
                         noise=None if model else noise,
                         mask=ready.mask,
                         teacher=frozen,
@@ -152,7 +186,9 @@ class AblatingConcepts(Objective):
                     terms[role] = Term(values, role)
                     if self.prior > 0:
                         x_t, t, noise = task.drawn(replace(batch, key=rng.key(batch.key, "prior")))
-                        squares = pure.masked_squares(task.eps(x_t, t, anchors), noise, ready.mask)
+                        squares = pure.masked_squares(
+                            task.eps(x_t, t, task.conditions(ready.anchors)), noise, ready.mask
+                        )
                         terms["prior"] = Term(squares, role, self.prior)
             return terms
 
@@ -172,22 +208,23 @@ class AblatingConcepts(Objective):
         states, goal = encoded(task, captions), encoded(task, anchors)
         return pure.srsme_losses(task.eps, frozen, x_t, t, states, goal, anchor_weight=self.prior)
 
-    def _prepared(self, ctx: Context, batch: Batch, names: Sequence[str]) -> _Prepared:
+    def _prepared(self, ctx: Context, batch: Batch, names: Sequence[str], drawn: Anchors | None = None) -> _Prepared:
         """Latents, captions and masks of a batch: functions of its key and the sample ids."""
         task = text_task(ctx.task, "ablating_concepts")
         if batch.role == "concept":
-            sources, known = self._sources(ctx), self._generated(ctx, names)
-            which = (batch.ids % len(known)).tolist()
-            latents = known[which].to(batch.inputs)
-            captions, anchors = map(list, zip(*(sources[i % len(sources)] for i in which), strict=True))
+            drawn = drawn or anchors(self, ctx, names)
+            which = (batch.ids % len(drawn)).tolist()
+            latents = drawn.latents[which].to(batch.inputs)
+            captions, called = [drawn.captions[i] for i in which], [drawn.names[i] for i in which]
         else:
             latents, captions = batch.inputs, captions_of(batch)
-            anchors = [self.anchor or plain(task.classes[c], lower=False) for c in batch.targets.tolist()]
+            called = [self.anchor or plain(task.classes[c], lower=False) for c in batch.targets.tolist()]
         keys = [rng.key(batch.key, "caption", i) for i in batch.ids.tolist()]
         targets = [
             self._target(c, a, names, i, k)
-            for c, a, i, k in zip(captions, anchors, batch.ids.tolist(), keys, strict=True)
+            for c, a, i, k in zip(captions, called, batch.ids.tolist(), keys, strict=True)
         ]
+        _note_cut(ctx, captions, targets)
         if not self.place:
             return _Prepared(latents, captions, targets, None)
         moved, prefixes, mask = _placed(task, latents, keys)
@@ -202,50 +239,15 @@ class AblatingConcepts(Objective):
             return style_caption(caption, name, key)
         return name if self.form == "memorised" else content_caption(caption, names, index, key)
 
-    def _sources(self, ctx: Context) -> list[tuple[str, str]]:
-        """Captions of anchors to generate, with what the anchor is called in each."""
-        if self.captions:
-            if self.form == "object" and not self.anchor:
-                raise ConfigError("captions of objects need 'anchor': what the concept's name takes the place of")
-            return [(c, self.anchor) for c in self.captions]
-        task = text_task(ctx.task, "ablating_concepts")
-        gone = {*ctx.split.removed, *(i for i, n in enumerate(task.classes) if plain(n) == plain(ctx.split.concept))}
-        own = [
-            (prompt, plain(task.classes[c], lower=False))
-            for c, prompts in enumerate(task.prompts())
-            for prompt in prompts
-            if c not in gone and self.anchor in ("", task.classes[c], plain(task.classes[c], lower=False))
-        ]
-        if not own:
-            raise RequestError(f"no class of this task is called '{self.anchor}'; give 'captions' of the anchor")
-        return own
 
-    @torch.no_grad()
-    def _generated(self, ctx: Context, names: Sequence[str]) -> Tensor:
-        """Latents of anchors, drawn before the first step and kept in checkpoints: later weights give others."""
-        if _ANCHORS in ctx.state:
-            return ctx.state[_ANCHORS]
-        task = text_task(ctx.task, "ablating_concepts")
-        sources, ids = self._sources(ctx), torch.arange(self.anchor_images)
-        null = encoded(task, ["; ".join(names)]) if self.form == "content" else of_nothing(task)
-        parts = []
-        with evaluating(ctx.model):
-            for chunk in torch.split(ids, task.sample_batch):
-                keys = [ctx.key("anchor", i) for i in chunk.tolist()]
-                parts.append(
-                    guided(
-                        task.eps,
-                        task.scheduler,
-                        draw_noise(ctx.key("anchors"), chunk, task.latent_shape).to(task.device),
-                        encoded(task, [sources[i % len(sources)][0] for i in chunk.tolist()]),
-                        null.expand(len(chunk), -1, -1),
-                        steps=task.steps,
-                        guidance=self.anchor_guidance,
-                        keys=keys,
-                    ).cpu()
-                )
-        ctx.state[_ANCHORS] = torch.cat(parts)
-        return ctx.state[_ANCHORS]
+def _note_cut(ctx: Context, captions: Sequence[str], targets: Sequence[str]) -> None:
+    """Say so where the model reads the same of both captions, because the rest is beyond the length of prompts."""
+    text = text_task(ctx.task, "ablating_concepts").text
+    pairs = [(c, t) for c, t in zip(captions, targets, strict=True) if c != t]
+    if pairs:
+        one, other = (text.token_ids(texts) for texts in zip(*pairs, strict=True))
+        if bool((one == other).all(1).any()):
+            ctx.note("some captions are so long that the concept's name is cut off, and teach nothing")
 
 
 @torch.no_grad()

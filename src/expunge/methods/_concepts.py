@@ -34,6 +34,11 @@ def encoded(task: TextToImageTask, prompts: Sequence[str]) -> Tensor:
         return task.conditions(prompts)
 
 
+def trains_text(task: TextToImageTask) -> bool:
+    """Whether this run changes a text encoder: then prompts are encoded with gradients, and anew at every step."""
+    return any(p.requires_grad for _, encoder in task.text.encoders for p in encoder.parameters())
+
+
 def of_nothing(task: TextToImageTask) -> Tensor:
     """The same of the empty prompt, ``[1, T, D]``."""
     with torch.no_grad():

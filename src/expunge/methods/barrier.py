@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from expunge.method import method
-from expunge.methods._common import Mixing, make_objective
+from expunge.methods._common import Mixing, Pseudo, make_objective
 from expunge.protections.interval.protection import IntervalProtection
 from expunge.protections.interval.regions import IntervalMode, Region
 from expunge.recipe import Optim, Recipe
@@ -42,6 +42,9 @@ def barrier(
     targets: tuple[str, ...] = ("Linear",),
     on: str = "random_label",
     mixing: Mixing = "forget_only",
+    alpha: Annotated[float, Field(ge=0)] = 1.0,
+    pseudo: Pseudo | None = None,
+    eta: Annotated[float, Field(ge=0)] | None = None,
     lambda_interval: Annotated[float, Field(ge=0)] = 1.0,
     lower_percentile: Annotated[float, Field(ge=0, le=1)] = 0.05,
     upper_percentile: Annotated[float, Field(ge=0, le=1)] = 0.95,
@@ -57,6 +60,7 @@ def barrier(
     interval_mode: IntervalMode = "full",
     floor: Annotated[float, Field(ge=0)] = 0.0,
     retain_weight: Annotated[float, Field(ge=0)] = 0.0,
+    draws: Annotated[int, Field(ge=1)] = 1,
     profile: Literal["recommended", "as_published"] = "recommended",
     batch_size: Annotated[int, Field(ge=1)] | None = None,
     optim: Optim = OPTIM,
@@ -72,9 +76,15 @@ def barrier(
 
     Args:
         targets: Layers that are trained and protected: class names, parts of names, globs or ``re:`` expressions. The
-            default takes every fully connected layer, for most image classifiers the head.
-        on: Objective: ``random_label`` or ``gradient_ascent``.
+            default takes every fully connected layer, for most image classifiers the head. Of a text-to-image
+            pipeline only the U-Net's layers are meant; usual there are ``attn2.to_q``, ``attn2.to_k``, ``attn2.to_v``.
+        on: Objective: ``random_label`` or ``gradient_ascent``; for diffusion models also ``esd``.
         mixing: ``forget_only`` as published, or with retain batches.
+        alpha: Weight of the retain loss, where ``mixing`` has retain batches.
+        pseudo: Diffusion models: what forget captions are to mean, see the objective ``pseudo_label``: ``class``,
+            ``next`` (as published for classes of a DDPM), ``retain``, prompts, or prompts by class (the published
+            hypernyms for Imagenette: ``{tench: a photo of fish}``).
+        eta: For ``esd``: strength of the negative guidance; 0 by default, the prediction without a prompt.
         lambda_interval: Factor of the whole penalty. Large factors need small rates: the penalty is stiff.
         lower_percentile: Lower quantile level of the forget projections.
         upper_percentile: Upper quantile level.
@@ -88,17 +98,20 @@ def barrier(
         decomp_method: ``svd`` or ``pca``; they differ in the published profile only.
         region: Region family, by default one envelope box (two corner boxes as published).
         interval_mode: ``full``, ``width_only``, ``centre_only`` or ``off``.
-        floor: Weight of an isotropic floor, which also covers directions without forget energy.
+        floor: Weight of an isotropic floor, which also covers directions without forget energy. Keys and values of
+            cross-attention read a few dozen text states, so most of their directions have none.
         retain_weight: Weight of the expected drift on retain inputs.
+        draws: Diffusion models: times and noises per sample that the statistics are taken over.
         profile: ``recommended`` or ``as_published``.
         batch_size: Samples per step; by default 64, so that a forget set of hundreds gives enough steps, and 256 as
-            published.
+            published. Where it is given, the statistics are also taken so many samples at a time.
         optim: Optimiser and loop settings.
     """
     published = profile == "as_published"
     size = batch_size or (256 if published else 64)
     if published:
-        optim = optim.model_copy(update={"norm": "train", "augment": True, "weight_decay": optim.weight_decay or 5e-4})
+        decay = optim.weight_decay or (5e-4 if optim.name == "sgd" else 0.0)  # diffusion models: Adam without
+        optim = optim.model_copy(update={"norm": "train", "augment": True, "weight_decay": decay})
     protection = IntervalProtection(
         targets=targets,
         lambda_interval=lambda_interval,
@@ -116,12 +129,21 @@ def barrier(
         interval_mode=interval_mode,
         floor=floor,
         retain_weight=retain_weight,
+        draws=draws,
         profile=profile,
-        batch_size=256,
+        batch_size=batch_size or 256,
     )
     return Recipe(
         name="barrier",
-        objective=make_objective(on, mixing, size, exclude_true=not published),
+        objective=make_objective(
+            on,
+            mixing,
+            size,
+            exclude_true=not published,
+            alpha=alpha,
+            pseudo=pseudo,
+            eta=eta if on != "esd" else eta or 0.0,
+        ),
         space=MatchedLayers(targets=targets, rule="as_published" if published else "as_intended"),
         protections=() if lambda_interval == 0 else (protection,),
         optim=optim,

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from pydantic import Field
 
-from expunge.context import Context
 from expunge.diffusion import esd
 from expunge.method import method
 from expunge.methods._common import Mixing, make_schedule
-from expunge.methods._teacher import frozen_copy
-from expunge.objectives.base import LossFn, Objective, Term
-from expunge.objectives.denoising import class_conditional
-from expunge.part import part
+from expunge.objectives.conditioning import DenoisingEsd
 from expunge.recipe import Optim, Recipe
 from expunge.registry import Info
-from expunge.schedule import Paired, Schedule
 from expunge.spaces.base import Space
 from expunge.spaces.layers import AllWeights, Layers
-from expunge.tasks.base import Batch
-from expunge.tasks.ddpm import DdpmTask
 
 #: Defaults of this method.
 OPTIM = Optim(name="adam", lr=1e-4, weight_decay=0.0, epochs=25, max_steps=1000, grad_clip=1.0)
@@ -38,51 +30,6 @@ INFO = Info(
         "the code has no class-conditional form; the target's formula is held to its golden numbers",
     ),
 )
-
-
-@part("class_esd", INFO)
-class ClassEsd(Objective):
-    """``mean (eps(x_t, c) - target)^2 + alpha * mean loss(retain)``.
-
-    The target is of the original model: ``eps_null - eta (eps_c - eps_null)`` in the paper's convention; with
-    ``eta = 0`` the class is taught to say nothing (BARRIER's ``esd``). See :mod:`expunge.diffusion.esd`.
-
-    Args:
-        schedule: ``paired``, ``sequential``, or ``single`` over ``forget``.
-        eta: Strength of the negative guidance.
-        convention: How ``eta`` counts.
-        alpha: Weight of the retain loss.
-    """
-
-    schedule: Schedule = Paired()
-    eta: float = Field(default=1.0, ge=0)
-    convention: esd.Convention = "paper"
-    alpha: float = Field(default=1.0, ge=0)
-
-    def bind(self, ctx: Context) -> LossFn:
-        """Freeze a copy as the teacher and return the loss function."""
-        task = class_conditional(ctx, self.part_name)
-        teacher = frozen_copy(task)
-        assert isinstance(teacher, DdpmTask)
-
-        def forget_loss(batch: Batch) -> torch.Tensor:
-            x_t, t, _ = task.drawn(batch)
-            own, null = task.condition(batch), task.unconditional(batch)
-            with torch.no_grad():
-                both = teacher.eps(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([own, null]))
-                given, without = both.chunk(2)
-                goal = esd.target(given, without, self.eta, convention=self.convention)
-            return (task.eps(x_t, t, own) - goal).square().flatten(1).mean(1)
-
-        def loss(batches: dict[str, Batch]) -> dict[str, Term]:
-            terms = {}
-            if "forget" in batches:
-                terms["forget"] = Term(forget_loss(batches["forget"]), "forget")
-            if "retain" in batches:
-                terms["retain"] = Term(task.loss(batches["retain"]), "retain", self.alpha)
-            return terms
-
-        return loss
 
 
 @method("class_esd", INFO)
@@ -112,6 +59,6 @@ def class_esd(
         batch_size: Samples per step and role.
         optim: Optimiser and loop settings.
     """
-    objective = ClassEsd(schedule=make_schedule(mixing, batch_size), eta=eta, convention=convention, alpha=alpha)
+    objective = DenoisingEsd(schedule=make_schedule(mixing, batch_size), eta=eta, convention=convention, alpha=alpha)
     space: Space = AllWeights() if targets == ("*",) else Layers(targets=targets)
     return Recipe(name="class_esd", objective=objective, space=space, optim=optim)

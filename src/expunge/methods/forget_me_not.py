@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from expunge import rng
 from expunge.context import Context
 from expunge.diffusion import forget_me_not as pure
 from expunge.diffusion.attention_maps import AttentionMap, cross_attention_maps
+from expunge.diffusion.inversion import Inversion
 from expunge.diffusion.process import draw_noise, draw_times
 from expunge.errors import ConfigError, RequestError
 from expunge.method import method
 from expunge.methods._concepts import concept_names, encoded, name_ids, of_nothing, text_task, with_recipe
+from expunge.methods._inversion import inverted
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
 from expunge.recipe import Optim, Recipe
@@ -35,6 +38,14 @@ _CODE = "SHI-Labs/Forget-Me-Not"
 _DRIFT = "forget_me_not.generic"
 _GENERIC = 8
 
+
+class _Asked(NamedTuple):
+    """Prompts of the concepts: their states, by numbers of concepts, and which tokens count, bool ``[N, T]``."""
+
+    states: Callable[[list[int]], Tensor]
+    positions: Tensor
+
+
 #: Defaults of this method: those of the public code.
 OPTIM = Optim(name="adamw", lr=2e-6, weight_decay=1e-2, grad_clip=1.0, epochs=35, max_steps=35)
 
@@ -47,7 +58,7 @@ OPTIM = Optim(name="adamw", lr=2e-6, weight_decay=1e-2, grad_clip=1.0, epochs=35
         upstream=_CODE,
         needs=("diffusion", "text"),
         deviations=(
-            "the concept's own words are suppressed; tokens found by textual inversion are not offered",
+            "the concept's own words are suppressed by default; the code first learns new tokens: `inversion`",
             "only the first end-of-text token counts; the code takes all, padding included: `end_of_text`",
             "a batch has the mean of its samples' norms; the code takes one norm of the batch, and batches of one",
             "training can stop when predictions for other prompts have moved too far: `max_drift`",
@@ -69,6 +80,8 @@ class ForgetMeNot(Objective):
             squared differences of all logits to those of the prompt without the name.
         max_drift: Stop when the mean squared change of the predictions for other prompts exceeds this.
         drift_every: Steps between two measurements of it.
+        inversion: Learn new tokens from the images first, and suppress those in their prompt instead of the name.
+        words: With ``inversion``: suppress the name in ``prompt`` as well, as a term of its own.
     """
 
     schedule: Schedule = Paired(streams=("forget",), batch_size=1)
@@ -78,6 +91,8 @@ class ForgetMeNot(Objective):
     reduction: Literal["norm", "mean_square", "logits"] = "norm"
     max_drift: float | None = Field(default=None, gt=0)
     drift_every: int = Field(default=5, ge=1)
+    inversion: Inversion | None = None
+    words: bool = False
 
     @field_validator("prompt")
     @classmethod
@@ -86,19 +101,43 @@ class ForgetMeNot(Objective):
             raise ValueError(f"'prompt' holds {{}} once, where the name goes, not {value!r}")
         return value
 
+    @model_validator(mode="after")
+    def _fit(self) -> ForgetMeNot:
+        if self.inversion is None:
+            if self.words:
+                raise ValueError("'words' goes with 'inversion'; without it the concept's words are what is suppressed")
+            return self
+        if self.schedule.roles() != ("forget",):
+            raise ValueError(
+                "textual inversion learns from images of the concept, and this schedule reads "
+                f"{', '.join(self.schedule.roles())}: use images, or leave 'inversion' out"
+            )
+        if self.reduction == "logits":
+            raise ValueError("the version of SRS-ME, reduction 'logits', has no textual inversion")
+        if self.prompt != "{}" and not self.words:
+            raise ValueError("with 'inversion' the prompt is 'inversion.template'; 'prompt' is for 'words'")
+        return self
+
     def bind(self, ctx: Context) -> LossFn:
-        """Find the tokens and return the loss function.
+        """Find the tokens, or learn them, and return the loss function.
 
         Raises:
             CapabilityError: The task has no text, the request names no concept, or the U-Net's attention
                 probabilities cannot be had.
-            RequestError: A name is cut off by the length of prompts.
+            RequestError: A name is cut off by the length of prompts, or a concept to invert has no images.
         """
         task = text_task(ctx.task, "forget_me_not")
         names = concept_names(task, ctx, self.concepts)
-        prompts = [self.prompt.format(n) for n in names]
-        positions = [self._positions(task, n, p) for n, p in zip(names, prompts, strict=True)]
         numbers = {c: i for i, c in enumerate(ctx.split.removed)} if not self.concepts else {}
+
+        def owner(targets: Tensor, ids: Tensor) -> list[int]:
+            return [numbers.get(c, i % len(names)) for c, i in zip(targets.tolist(), ids.tolist(), strict=True)]
+
+        asked: list[_Asked] = []
+        if self.inversion is None or self.words:
+            asked.append(self._named(task, names))
+        if self.inversion is not None:
+            asked.insert(0, self._inverted(ctx, self.inversion, names, owner))
         if self.max_drift is not None:
             ctx.state[_DRIFT] = _generic(ctx)
 
@@ -109,16 +148,14 @@ class ForgetMeNot(Objective):
                     raise ConfigError(
                         f"forget_me_not trains on the roles 'forget' and 'concept'; its schedule reads '{role}'"
                     )
-                which = [
-                    numbers.get(c, i % len(names))
-                    for c, i in zip(batch.targets.tolist(), batch.ids.tolist(), strict=True)
-                ]
+                which = owner(batch.targets, batch.ids)
                 if role == "concept":
                     batch = replace(batch, inputs=torch.zeros_like(batch.inputs))
                 x_t, t, _ = task.drawn(batch)
-                with cross_attention_maps(task.unet) as maps:
-                    task.eps(x_t, t, encoded(task, [prompts[i] for i in which]))
-                terms[role] = Term(self._values(task, maps, torch.stack([positions[i] for i in which])), role)
+                for name, one in zip((role, "words"), asked, strict=False):
+                    with cross_attention_maps(task.unet) as maps:
+                        task.eps(x_t, t, one.states(which))
+                    terms[name] = Term(self._values(task, maps, one.positions[which]), role)
             return terms
 
         return loss
@@ -146,12 +183,29 @@ class ForgetMeNot(Objective):
         published = self.end_of_text == "all"
         return pure.losses([m.probs for m in maps], positions, reduction=self.reduction, published=published)
 
+    def _named(self, task: TextToImageTask, names: list[str]) -> _Asked:
+        """The concepts' own names."""
+        prompts = [self.prompt.format(n) for n in names]
+        positions = [self._positions(task, n, p) for n, p in zip(names, prompts, strict=True)]
+        return _Asked(lambda which: encoded(task, [prompts[i] for i in which]), torch.stack(positions))
+
+    def _inverted(
+        self, ctx: Context, settings: Inversion, names: list[str], owner: Callable[[Tensor, Tensor], list[int]]
+    ) -> _Asked:
+        """Tokens learned from the concepts' images."""
+        prompt, states = inverted(ctx, settings, names, owner)
+        end = self._end(text_task(ctx.task, "forget_me_not"))
+        positions = prompt.positions(end, published=self.end_of_text == "all")
+        return _Asked(lambda which: states[which], positions.expand(len(names), -1))
+
+    def _end(self, task: TextToImageTask) -> int | None:
+        return None if self.end_of_text == "none" else int(task.parts.tokenizer.eos_token_id)
+
     def _positions(self, task: TextToImageTask, name: str, prompt: str) -> Tensor:
-        end = None if self.end_of_text == "none" else int(task.parts.tokenizer.eos_token_id)
         ids, own = task.text.token_ids([prompt])[0].tolist(), name_ids(task, name)
         if not bool(pure.token_positions(ids, own).any()):
             raise RequestError(f"the tokens of '{name}' do not occur in the prompt '{prompt}' as the model reads it")
-        return pure.token_positions(ids, own, end, published=self.end_of_text == "all")
+        return pure.token_positions(ids, own, self._end(task), published=self.end_of_text == "all")
 
 
 def _generic(ctx: Context) -> Tensor:
@@ -177,7 +231,8 @@ def _generic(ctx: Context) -> Tensor:
         upstream=_CODE,
         needs=("diffusion", "text"),
         deviations=(
-            "the concept's own words are suppressed; the code first learns new tokens by textual inversion",
+            "the concept's own words are suppressed; the code first learns new tokens: `inversion`, or `profile`",
+            "textual inversion sees images as they are; the code flips half of them",
             "only the first end-of-text token counts; the code takes all, padding included: `profile`",
             "training can stop when predictions for other prompts have moved too far: `max_drift`",
         ),
@@ -193,7 +248,9 @@ def forget_me_not(
     use_pooler: bool = True,
     reduction: Literal["norm", "mean_square", "logits"] | None = None,
     max_drift: Annotated[float, Field(gt=0)] | None = None,
-    profile: Literal["as_intended", "as_published", "srs-me"] = "as_intended",
+    inversion: Inversion | bool | None = None,
+    words: bool = False,
+    profile: Literal["as_intended", "as_published", "unlearn-canvas", "srs-me"] = "as_intended",
     batch_size: int = 1,
     optim: Optim = OPTIM,
 ) -> Recipe:
@@ -202,9 +259,12 @@ def forget_me_not(
     Source: Zhang et al., attention re-steering. Nothing keeps the rest of the model: few steps, or ``max_drift``.
 
     Deviates:
-        See the card. ``as_published`` counts every end-of-text token, which on Stable Diffusion 1.x are all padding
-        tokens too. ``srs-me`` is the baseline of the SRS-ME repository: logits of all tokens, Adam 1e-5, 20 steps,
-        cross-attention.
+        See the card. The concept's own words are the default because they are what a prompt will hold, need no stage 1
+        and work without images. ``as_published`` learns new tokens first (on images) and suppresses those alone, and
+        counts every end-of-text token, which on Stable Diffusion 1.x are all padding tokens too. ``unlearn-canvas``:
+        both stages as in that benchmark, for objects: inversion at 1e-4, then 2e-5 for 100 steps; for styles add
+        ``parameters: cross-attn-all`` and a template. ``srs-me`` is the baseline of the SRS-ME repository: logits of
+        all tokens, Adam 1e-5, 20 steps, cross-attention.
 
     Args:
         parameters: What is trained: ``full-weight`` (the default), ``cross-attn-all`` (the code's
@@ -216,12 +276,20 @@ def forget_me_not(
         reduction: ``norm``, or ``mean_square`` of the same probabilities; ``logits``: squared differences to the logits
             of the prompt without the name.
         max_drift: Stop when the mean squared change of the predictions for other prompts exceeds this.
-        profile: ``as_intended``, ``as_published`` or ``srs-me``.
+        inversion: Stage 1: learn new tokens from the images, and suppress those. ``true`` for the published settings,
+            or single ones of :class:`~expunge.diffusion.inversion.Inversion`: ``tokens``, ``initial``, ``template``,
+            ``steps``, ``lr``, ``weight_decay``, ``batch_size``, ``norm``. By default as the profile has it, on images.
+        words: After stage 1, suppress the concept's own words as well.
+        profile: ``as_intended``, ``as_published``, ``unlearn-canvas`` or ``srs-me``.
         batch_size: Samples per step.
         optim: Optimiser and loop settings.
     """
     ends: Literal["first", "all"] = "all" if profile == "as_published" else "first"
-    theirs = profile == "srs-me"
+    theirs, canvas = profile == "srs-me", profile == "unlearn-canvas"
+    if inversion is None:
+        inversion = images and (canvas or profile == "as_published")
+    if inversion is True:
+        inversion = Inversion(lr=1e-4) if canvas else Inversion()
     objective = ForgetMeNot(
         schedule=Paired(streams=("forget",) if images else ("concept",), batch_size=batch_size),
         concepts=concepts,
@@ -229,8 +297,13 @@ def forget_me_not(
         end_of_text=ends if use_pooler else "none",
         reduction=reduction or ("logits" if theirs else "norm"),
         max_drift=max_drift,
+        inversion=inversion or None,
+        words=words,
     )
     space = UNetSet(parameters=parameters or ("x" if theirs else "full-weight"))
-    other = {"name": "adam", "lr": 1e-5, "weight_decay": 0.0, "grad_clip": None, "max_steps": 20} if theirs else {}
+    other: dict[str, Any] = (
+        {"name": "adam", "lr": 1e-5, "weight_decay": 0.0, "grad_clip": None, "max_steps": 20} if theirs else {}
+    )
+    other |= {"lr": 2e-5, "max_steps": 100} if canvas else {}
     trained = with_recipe(optim, OPTIM, **other)
     return Recipe(name="forget_me_not", objective=objective, space=space, optim=trained)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from expunge.errors import ConfigError
 from expunge.method import method
 from expunge.methods._common import (
     GENTLE,
@@ -14,6 +15,7 @@ from expunge.methods._common import (
     SALUN_PAPER,
     Mixing,
     Profile,
+    Pseudo,
     as_trained,
     make_objective,
 )
@@ -47,7 +49,9 @@ def salun(
     keep: Annotated[float, Field(gt=0, le=1)] = 0.5,
     soft: bool = False,
     on: str = "random_label",
+    targets: tuple[str, ...] = ("*",),
     mixing: Mixing | None = None,
+    pseudo: Pseudo | None = None,
     alpha: Annotated[float, Field(ge=0)] = 1.0,
     select: Literal["top", "bottom", "random"] = "top",
     scope: Literal["global", "layer"] = "global",
@@ -68,9 +72,14 @@ def salun(
     Args:
         keep: Fraction of weights that may change; for ``soft`` the share pulled back to the original at the start.
         soft: Proximal step instead of the mask.
-        on: Objective: ``random_label``, ``gradient_ascent``, ``neg_grad_plus``, ``fine_tune`` or any other.
+        on: Objective: ``random_label``, ``gradient_ascent``, ``neg_grad_plus``, ``fine_tune`` or any other; for
+            diffusion models also ``esd``. Those have methods with settings of their own, ``ddpm_salun`` and
+            ``t2i_salun``.
+        targets: Patterns on the parameters that are ranked and trained; ``*`` is all, of a text-to-image pipeline the
+            U-Net.
         mixing: How forget and retain batches interleave; by default as the objective has it (random labels: ``mixed``,
             ``sequential`` as published).
+        pseudo: Diffusion models: what forget captions are to mean, see the objective ``pseudo_label``.
         alpha: Weight of the retain loss.
         select: ``top``, or the controls ``bottom`` and ``random`` of equal size.
         scope: Rank all weights together or each tensor on its own.
@@ -82,10 +91,13 @@ def salun(
     published = profile == "as_published"
     space: Space
     if soft:
+        if targets != ("*",):
+            raise ConfigError("'targets' would have no effect with 'soft', whose space is the whole model")
         space = Proximal(keep=keep, anchor="epoch" if published else "original")
     else:
         space = SaliencyMask(
             keep=keep,
+            targets=targets,
             select=select,
             scope=scope,
             reduction="batch_mean_sum" if published else "sample_mean",
@@ -95,7 +107,7 @@ def salun(
         )
     return Recipe(
         name="salun_soft" if soft else "salun",
-        objective=make_objective(on, mixing, batch_size, exclude_true=not published, alpha=alpha),
+        objective=make_objective(on, mixing, batch_size, exclude_true=not published, alpha=alpha, pseudo=pseudo),
         space=space,
         optim=as_trained(optim, profile),
     )

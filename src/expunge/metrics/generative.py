@@ -34,7 +34,7 @@ from expunge.metrics.similarity import (
     style_content,
     style_loss,
 )
-from expunge.metrics.zero_shot import mean_of_proportions
+from expunge.metrics.zero_shot import TOP, mean_of_proportions, ranks
 from expunge.models.towers import Towers
 from expunge.registry import Info
 
@@ -42,6 +42,7 @@ PAPER = "Zhang et al., UnlearnCanvas, arXiv 2402.11846"
 UPSTREAM = "https://github.com/OPTML-Group/UnlearnCanvas"
 #: Images that a distance between sets needs at least.
 FEWEST = 3
+NO_JUDGE = "no judge: nothing says what the images show"
 T = TypeVar("T")
 
 
@@ -91,6 +92,25 @@ def generated_ua(forget: ClassifierOutputs, *, note: str = "") -> Estimate:
     if len(forget) == 0:
         raise DataError("gen_ua: no images asked for what was forgotten")
     return proportion(int((~forget.correct).sum()), len(forget), note=note)
+
+
+@metric(
+    "gen_ua5",
+    Info("Share of images asked for what was forgotten without it among the judge's best five.", needs=("generated",)),
+    label="UA, best five",
+    explain="The same by the best five of all outputs of a judge that knows many more classes: share of the images in "
+    "which what was forgotten is not even among them.",
+    direction="higher",
+)
+def generated_ua5(forget: ClassifierOutputs, *, note: str = "") -> Estimate:
+    """``100 - top-5 accuracy`` of the judge on images asked for a forgotten class, percent.
+
+    Raises:
+        DataError: No images.
+    """
+    if len(forget) == 0:
+        raise DataError("gen_ua5: no images asked for what was forgotten")
+    return proportion(int((ranks(forget, ties="recognised") >= TOP).sum()), len(forget), note=note)
 
 
 @metric(
@@ -168,7 +188,7 @@ def measure_generated(
     """
     names = seen.classes.get(axis, ())
     labels = seen.labels(axis)
-    wrong = [c for c in forgotten if not 0 <= c < len(names)]
+    wrong = [c for c in forgotten if not 0 <= c < len(names)] if names else []
     if wrong:
         raise DataError(f"generated images: forgotten class {wrong[0]} of {len(names)} classes of {axis!r}")
     gone = np.isin(labels, list(forgotten))
@@ -177,14 +197,17 @@ def measure_generated(
     found = {
         "gen_ua": generated_ua(roles["forget"], note=judge)
         if "forget" in roles
-        else not_run("no images were asked for what was forgotten", unit="%"),
+        else not_run("no images were asked for what was forgotten" if seen.judged else NO_JUDGE, unit="%"),
         "gen_ira": generated_ira(roles["test"], note=judge)
         if "test" in roles
-        else not_run(f"no images were asked for another {axis}", unit="%"),
+        else not_run(f"no images were asked for another {axis}" if seen.judged else NO_JUDGE, unit="%"),
     }
+    if "forget" in roles and roles["forget"].table.shape[1] > len(names):  # a judge of more than the classes
+        found["gen_ua5"] = generated_ua5(roles["forget"], note=judge)
     for key, score, rows in (("gen_cra", generated_cra, ~gone), ("gen_cra_all", generated_cra_all, np.ones_like(gone))):
         others = {a: o for a in seen.judged if a != axis and (o := _along(seen, a, rows)) is not None}
-        found[key] = score(others, note=judge) if others else not_run("the judge names no other axis", unit="%")
+        missing = "the judge names no other axis" if seen.judged else NO_JUDGE
+        found[key] = score(others, note=judge) if others else not_run(missing, unit="%")
     found |= _distances(seen, ~gone, before, real)
     if before is not None:
         found |= _pairs(before, seen, ~gone, tools or Tools())
@@ -199,7 +222,8 @@ def _distances(
         return {}
     few = min([int(kept.sum()), *([len(real)] if real is not None else [])])
     if seen.features is None or few < FEWEST:
-        reason = "the judge has no features" if seen.features is None else f"{few} images; {FEWEST} are needed"
+        lacking = "the judge has no features" if seen.judge else "no judge, so no features"
+        reason = lacking if seen.features is None else f"{few} images; {FEWEST} are needed"
         return {key: not_run(reason) for key in wanted}
     own, found = seen.features[kept], {}
     if before is not None:

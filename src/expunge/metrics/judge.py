@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -138,14 +138,49 @@ def timm_judge(
     return ClassJudge(model, names, normalize=lambda x: scale(resized(x, size)), axis=axis)
 
 
+@dataclass(frozen=True)
+class FeaturesOf:
+    """A judge that compares sets of images by the features of another network.
+
+    Args:
+        judge: Names what images show; None names nothing.
+        extract: Features ``[N, D]`` of images in [0, 1].
+        name: What to cite for the network.
+    """
+
+    judge: Judge | None
+    extract: Callable[[Tensor], Tensor]
+    name: str
+
+    @property
+    def classes(self) -> Mapping[str, Sequence[str]]:
+        """Those of the judge."""
+        return {} if self.judge is None else self.judge.classes
+
+    def __call__(self, images: Tensor) -> Mapping[str, Tensor]:
+        """Logits of the judge."""
+        return {} if self.judge is None else self.judge(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features of the other network."""
+        return self.extract(images)
+
+
 def cited(judge: Judge) -> str:
     """What to state about a judge: class and digest of its model, or of all of them."""
+    if isinstance(judge, FeaturesOf):
+        return ", ".join(filter(None, (cited(judge.judge) if judge.judge else "", f"features: {judge.name}")))
     parts = judge.judges if isinstance(judge, JointJudge) else (judge,)
     models = [getattr(part, "model", None) for part in parts]
     return ", ".join(
-        f"{type(m).__name__} {model_digest(m)[:12]}" if isinstance(m, nn.Module) else type(part).__name__
+        f"{type(m).__name__} {model_digest(m)[:12]}{_among(part)}" if isinstance(m, nn.Module) else type(part).__name__
         for m, part in zip(models, parts, strict=True)
     )
+
+
+def _among(part: Judge) -> str:
+    several = isinstance(part, ClassJudge) and part.outputs is not None
+    return " (top 1 among all its outputs)" if several else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,10 +190,11 @@ class GeneratedObserved:
     Args:
         images: uint8 ``[N, 3, H, W]``.
         asks: What was asked for.
-        judged: Logits ``[N, C]`` float32 by axis.
+        judged: Logits ``[N, C]`` float32 by axis; without a judge empty. Columns beyond the classes are the best of the
+            judge's further outputs.
         features: ``[N, D]`` of the judge; None without.
         classes: Names of the classes by axis.
-        judge: Name of the judge.
+        judge: Name of the judge; empty without one.
 
     Raises:
         DataError: Numbers of rows that differ, a label that is no class, or values that are not finite.
@@ -181,7 +217,7 @@ class GeneratedObserved:
             if not np.isfinite(table).all():
                 raise DataError(f"generated images: {name} of the judge is not finite")
         for axis, logits in self.judged.items():
-            bad = [a for a in self.asks if a.labels.get(axis, 0) >= logits.shape[1]]
+            bad = [a for a in self.asks if a.labels.get(axis, 0) >= min(logits.shape[1], len(self.classes[axis]))]
             if bad:
                 raise DataError(
                     f"case {bad[0].case} asks for {axis} {bad[0].labels[axis]} of {logits.shape[1]} classes"
@@ -196,15 +232,24 @@ class GeneratedObserved:
         Raises:
             DataError: The judge has no such axis.
         """
-        if axis not in self.judged:
+        if self.judged and axis not in self.judged:
             raise DataError(f"the judge names no {axis!r}, only {', '.join(self.judged)}")
         return np.array([a.labels.get(axis, -1) for a in self.asks], dtype=np.int64)
+
+    def named(self, axis: str, number: int) -> str:
+        """Name of a class, or of what is none of them."""
+        names = self.classes.get(axis)
+        if names is None:
+            return f"{axis} {number}"
+        return str(names[number]) if number < len(names) else "something else"
 
     def outputs(self, axis: str, forgotten: Sequence[int]) -> dict[str, ClassifierOutputs]:
         """Classifier outputs by role: ``forget`` are the images asked for a forgotten class, ``test`` the others.
 
-        Rows that ask for nothing along the axis are left out; the ids are row numbers.
+        Rows that ask for nothing along the axis are left out; the ids are row numbers. Without a judge there are none.
         """
+        if axis not in self.judged:
+            return {}
         labels = self.labels(axis)
         gone = np.isin(labels, list(forgotten))
         found = {}
@@ -215,24 +260,46 @@ class GeneratedObserved:
         return found
 
 
-def observe_generated(judge: Judge, images: Tensor, asks: Sequence[Ask], *, chunk: int = 128) -> GeneratedObserved:
+def observe_generated(
+    judge: Judge | None,
+    images: Tensor,
+    asks: Sequence[Ask],
+    *,
+    chunk: int = 128,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> GeneratedObserved:
     """Show generated images, uint8 ``[N, 3, H, W]``, to a judge.
+
+    Args:
+        judge: Without one the images stay unjudged.
+        images: What was drawn.
+        asks: What was asked for.
+        chunk: Images at a time.
+        classes: Names of axes that the judge does not know.
+        advance: Called with the number of images after every chunk.
 
     Raises:
         DataError: Images of another kind, or rows that do not fit.
     """
+    if judge is None:
+        unit_pixels(images[:1])
+        return GeneratedObserved(images, tuple(asks), {}, None, {a: tuple(c) for a, c in (classes or {}).items()})
+    unit_pixels(images[:1])
     logits: dict[str, list[Tensor]] = {axis: [] for axis in judge.classes}
     features: list[Tensor] | None = []
     with torch.no_grad():
-        for part in unit_pixels(images).split(chunk):
+        for pixels in images.split(chunk):
+            part = unit_pixels(pixels)
             for axis, found in judge(part).items():
                 logits[axis].append(found.float().cpu())
             try:
                 features = None if features is None else [*features, judge.features(part).float().cpu()]
             except CapabilityError:  # a judge may only name; what needs features is then not run, and says so
                 features = None
+            advance(len(pixels))
     judged = {axis: torch.cat(parts).numpy() for axis, parts in logits.items()}
-    names = {axis: tuple(c) for axis, c in judge.classes.items()}
+    names = {axis: tuple(c) for axis, c in {**(classes or {}), **judge.classes}.items()}
     width = None if features is None else torch.cat(features).numpy()
     return GeneratedObserved(images, tuple(asks), judged, width, names, cited(judge))
 

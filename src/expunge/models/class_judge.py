@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from expunge import files
 from expunge.digest import json_digest
-from expunge.errors import CapabilityError, DataError
+from expunge.errors import CapabilityError, ConfigError, DataError
 from expunge.models.head import find_head
 from expunge.models.weights import load_weights, save_weights
 from expunge.restore import evaluating
@@ -19,12 +19,18 @@ if TYPE_CHECKING:
     from expunge.data.base import Splits
 
 AXIS = "class"
+#: Best outputs beyond the classes that stay visible, so that the best one and the best five are exact.
+OTHERS = 5
 #: Training of the judge; a new number makes cached judges of the old kind unknown.
 _VERSION, _EPOCHS = 1, 20
 
 
 class ClassJudge:
     """Names the class of generated images, with a classifier as it is.
+
+    A classifier may know more than the classes, as one of the 1,000 of ImageNet does. The best :data:`OTHERS` of its
+    further outputs then follow the classes' own, in falling order: an image shows a class only if no other output, of
+    all, is larger.
 
     Args:
         model: Maps images ``[N, C, H, W]`` to logits; used in eval mode, without gradients.
@@ -33,6 +39,10 @@ class ClassJudge:
         normalize: Applied to images in [0, 1] before the model.
         axis: Name of the label axis.
         batch_size: Images at a time.
+        outputs: Which outputs of the model the classes are; all, in their order, by default.
+
+    Raises:
+        ConfigError: Outputs that are not as many as the classes, occur twice or are negative.
     """
 
     def __init__(
@@ -43,20 +53,36 @@ class ClassJudge:
         normalize: Callable[[Tensor], Tensor] | None = None,
         axis: str = AXIS,
         batch_size: int = 512,
+        outputs: Sequence[int] | None = None,
     ) -> None:
+        if outputs is not None and (
+            len(outputs) != len(classes) or len(set(outputs)) < len(outputs) or min(outputs, default=-1) < 0
+        ):
+            raise ConfigError(f"judge: {len(classes)} classes need as many distinct outputs, got {list(outputs)}")
         self.model, self.channels, self.normalize, self.axis = model, channels, normalize, axis
         self.classes: dict[str, list[str]] = {axis: list(classes)}
         self.batch_size = batch_size
+        self.outputs = None if outputs is None else list(outputs)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits ``[N, classes]`` of images ``[N, 3, H, W]`` in [0, 1], on the CPU.
+        """Logits ``[N, classes]`` of images ``[N, 3, H, W]`` in [0, 1], on the CPU; with further outputs behind them.
 
         Raises:
             DataError: Pixels are integers or the shape is another one.
+            ConfigError: The model has fewer outputs than are named.
         """
         with evaluating(self.model):
-            found = [self.model(x).float().cpu() for x in self._prepared(images)]
-        return {self.axis: torch.cat(found)}
+            found = torch.cat([self.model(x).float().cpu() for x in self._prepared(images)])
+        return {self.axis: found if self.outputs is None else self._among(found, self.outputs)}
+
+    def _among(self, logits: Tensor, outputs: list[int]) -> Tensor:
+        width = logits.shape[1]
+        if max(outputs) >= width:
+            raise ConfigError(f"judge: output {max(outputs)} of a model that has {width}")
+        rest = torch.ones(width, dtype=torch.bool)
+        rest[outputs] = False
+        others = logits[:, rest]
+        return torch.cat([logits[:, outputs], others.topk(min(OTHERS, others.shape[1])).values], 1)
 
     def features(self, images: Tensor) -> Tensor:
         """What the classifier's last linear layer sees, ``[N, D]``, on the CPU.
@@ -64,7 +90,11 @@ class ClassJudge:
         Raises:
             CapabilityError: The classifier has no such layer.
         """
-        head = find_head(self.model, len(self.classes[self.axis]))
+        width = len(self.classes[self.axis])
+        if self.outputs is not None:  # the head is as wide as all outputs
+            with evaluating(self.model):
+                width = self.model(self._prepared(images[:1])[0]).shape[1]
+        head = find_head(self.model, width)
         if head is None:
             raise CapabilityError(f"no head was found in {type(self.model).__name__}, so the judge offers no features")
         seen: list[Tensor] = []

@@ -255,9 +255,19 @@ def _put_together(own: Mapping[str, Any], scheduler: Any, spec: PipelineSpec, ze
             sampler = cls.from_config(
                 sampler.config, clip_sample=False, set_alpha_to_one=False, steps_offset=1, thresholding=False
             )
+    for model in own.values():
+        if isinstance(model, nn.Module):
+            _owned(model)
     parts = Parts(**own, scheduler=sampler, predicts=predicts, zero_unconditional=zero, name=spec.name)
     check_parts(parts)
     return parts
+
+
+def _owned(model: nn.Module) -> None:
+    """Weights in torch's own memory instead of mapped files, so that a run copies only what it changes."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def check_parts(parts: Parts) -> None:

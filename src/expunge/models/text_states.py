@@ -38,6 +38,11 @@ class TextStates:
         self._rounded: list[Any] | None = None
         self._weights: tuple[Any, ...] = ()
         self._warned = False
+        if parts.kind == "xl":
+            # The library hooks itself into the layers when hidden states are first asked for. Within a run that
+            # would be undone at its end, for good.
+            with torch.no_grad():
+                self._joined([torch.zeros(1, 1, dtype=torch.int64)] * 2, [e for _, e in self.encoders])
 
     @property
     def encoders(self) -> list[tuple[Any, Any]]:
@@ -83,7 +88,7 @@ class TextStates:
         weights = [p for _, e in self.encoders for p in e.parameters()]
         if torch.is_grad_enabled() and any(p.requires_grad for p in weights):
             return self._encoded(prompts, [e for _, e in self.encoders])
-        now = tuple((p.data_ptr(), p._version, p.dtype) for p in weights)
+        now = tuple((p.untyped_storage()._cdata, p._version, p.dtype) for p in weights)
         if now != self._weights:
             self._known, self._rounded, self._weights = {}, None, now
         if len(self._known) > KEPT:
@@ -94,6 +99,14 @@ class TextStates:
             with torch.no_grad():
                 self._known |= {p: self._encoded([p], encoders)[0] for p in new}
         return torch.stack([self._known[p] for p in prompts])
+
+    def of_ids(self, ids: Sequence[Tensor]) -> Tensor:
+        """Conditions ``[B, T, D]`` of token ids, by the text encoders as they are; nothing is remembered.
+
+        Args:
+            ids: int64 ``[B, T]`` for each text encoder, with special tokens and padding.
+        """
+        return self._joined(ids, [e for _, e in self.encoders])
 
     def empty(self, n: int) -> Tensor:
         """Conditions of the empty prompt ``[n, T, D]``; zeros where the pipeline was trained so (XL)."""
@@ -118,11 +131,13 @@ class TextStates:
         return self._rounded
 
     def _encoded(self, prompts: Sequence[str], encoders: Sequence[Any]) -> Tensor:
+        return self._joined([self.token_ids(prompts, which) for which in range(len(encoders))], encoders)
+
+    def _joined(self, ids: Sequence[Tensor], encoders: Sequence[Any]) -> Tensor:
         found, pooled = [], None
-        for which, encoder in enumerate(encoders):
-            ids = self.token_ids(prompts, which).to(next(encoder.parameters()).device)
+        for own, encoder in zip(ids, encoders, strict=True):
             with _eval_mode(encoder):
-                out = encoder(ids, output_hidden_states=self.parts.kind == "xl")
+                out = encoder(own.to(next(encoder.parameters()).device), output_hidden_states=self.parts.kind == "xl")
             if self.parts.kind == "sd":
                 states: Tensor = out.last_hidden_state
                 return states

@@ -13,7 +13,7 @@ from expunge.context import Context
 from expunge.objectives.stopping import StopBelow
 from expunge.part import Part
 from expunge.registry import Kind
-from expunge.schedule import Schedule
+from expunge.schedule import Schedule, Step
 from expunge.tasks.base import Batch
 
 
@@ -62,6 +62,28 @@ class Objective(Part):
     def measure(self, ctx: Context, end_of_epoch: bool) -> dict[str, float]:
         """Numbers measured after a step's update and logged with it; :meth:`stop` sees them."""
         return {} if self.until is None else self.until.measure(ctx, end_of_epoch)
+
+    def steps(self, ctx: Context, epoch: int) -> list[Step]:
+        """The steps of an epoch."""
+        return self.schedule.steps({r: len(ctx.split[r]) for r in self.schedule.roles()}, epoch, ctx.seed)
+
+    def parts(self, ctx: Context, step: Step) -> list[Step]:
+        """Parts of a step that are graded one after the other, so that it takes the memory of the largest."""
+        del ctx
+        return [step]
+
+    def load(self, ctx: Context, role: str, positions: Tensor) -> Batch:
+        """Samples of a step, by their positions in the role's index set."""
+        return ctx.load(role, ctx.split[role][positions])
+
+    def graded(self, ctx: Context, numbers: dict[str, float]) -> bool:
+        """Called with a step's logged numbers when all its gradients are there; these may be changed.
+
+        Returns:
+            Whether the step makes its update.
+        """
+        del ctx, numbers
+        return True
 
     @abstractmethod
     def bind(self, ctx: Context) -> LossFn:

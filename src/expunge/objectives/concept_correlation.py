@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,8 +47,8 @@ _BLOCK = 8
             "the teacher is the same U-Net without the change, its predictions in one pass; a shift that protects the "
             "empty prompt needs one graded pass (the code: four passes, two of them graded, and two models)",
             "any batch size; the loss is a mean per sample",
-            "the stop rule counts from the first step on, and the step that crosses it makes no update, unless it is "
-            "cut into pieces; the code tests from the twelfth step on and keeps that update: `published_stop`",
+            "the stop rule counts from the first step on, and the step that crosses it makes no update; the code tests "
+            "from the twelfth step on and keeps that update: `published_stop`",
         ),
     ),
 )
@@ -103,22 +103,42 @@ class ConceptCorrelation(Objective):
             return None
         return cor.MomentumStop(self.threshold, self.momentum, published=self.published_stop)
 
-    def statistics(self, history: list[dict[str, Any]]) -> list[float]:
+    def statistics(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
         """What the rule looks at, step by step, from logged numbers."""
         by = [1.0 if self.statistic == "correlation" else row[ENERGY] for row in history]
         return [row[CORRELATION] / b for row, b in zip(history, by, strict=True)]
 
     def stop(self, history: list[dict[str, Any]]) -> str | None:
         """Stop where the running mean crosses the threshold."""
-        reason, rule = super().stop(history), self.rule
-        if reason is not None or rule is None:
-            return reason
-        series = self.statistics(history)
-        if rule.index(series) is None:
+        return super().stop(history) or self.crossed(history)
+
+    def crossed(self, history: Sequence[Mapping[str, Any]]) -> str | None:
+        """Why the rule ends training after these steps, or ``None``."""
+        rule = self.rule
+        if rule is None or rule.index(series := self.statistics(history)) is None:
             return None
         return (
             f"the running mean of the {self.statistic}, {rule.statistics(series)[-1]:.3g}, is below {self.threshold:g}"
         )
+
+    def graded(self, ctx: Context, numbers: dict[str, float]) -> bool:
+        """The step that crosses the threshold makes no update, unless as published."""
+        return not self.holds(ctx.history, numbers)
+
+    def holds(self, history: Sequence[Mapping[str, Any]], now: Mapping[str, Any]) -> bool:
+        """Whether the step after ``history`` makes no update, because it crosses the threshold.
+
+        Raises:
+            RequestError: It is the first step.
+        """
+        if self.published_stop or self.crossed([*history, now]) is None:
+            return False
+        if not history:
+            raise RequestError(
+                f"the correlation is {now[CORRELATION]:.3g} before any change, already below the threshold "
+                f"{self.threshold:g}: give a smaller one, or set statistic = 'ratio'"
+            )
+        return True
 
     def bind(self, ctx: Context) -> LossFn:
         """Encode the prompts and return the loss function.
@@ -133,7 +153,6 @@ class ConceptCorrelation(Objective):
         shifts = attached_to(task.unet)
         passes = _Instead(task) if shifts is None else _Beside(task, shifts, task.text.unpack(null)[0])
         images = _Drawn(self, ctx, passes.original, states)
-        whole = _Whole(ctx, self.schedule)
 
         def loss(batches: dict[str, Batch]) -> dict[str, Term]:
             ((role, batch),) = batches.items()
@@ -144,31 +163,12 @@ class ConceptCorrelation(Objective):
                 batch = replace(batch, inputs=images(shown))
             x, t, _ = task.drawn(batch)
             found = passes(x, t, states[shown % len(states)], null.expand(len(x), -1, -1))
-            held = whole(role, batch) and self._crosses(ctx, found)
-            terms = {
-                CORRELATION: Term(found.losses, role, 0.0 if held else 1.0),
-                ENERGY: Term(found.energy, role, 0.0),
-            }
+            terms = {CORRELATION: Term(found.losses, role), ENERGY: Term(found.energy, role, 0.0)}
             if self.lambda_l1:
-                terms["l1"] = Term(passes.l1(), None, 0.0 if held else self.lambda_l1)
+                terms["l1"] = Term(passes.l1(), None, self.lambda_l1)
             return terms
 
         return loss
-
-    def _crosses(self, ctx: Context, found: cor.Correlation) -> bool:
-        """Whether this step crosses the threshold, before its update: then it makes none."""
-        rule = self.rule
-        if rule is None or rule.published:
-            return False
-        now = {CORRELATION: float(found.losses.detach().mean()), ENERGY: float(found.energy.mean())}
-        if rule.index(self.statistics([*ctx.history, now])) is None:
-            return False
-        if not ctx.history:
-            raise RequestError(
-                f"the correlation is {now[CORRELATION]:.3g} before any change, already below the threshold "
-                f"{self.threshold:g}: give a smaller one, or set statistic = 'ratio'"
-            )
-        return True
 
 
 class _Passes:
@@ -294,20 +294,3 @@ class _Drawn:
             )
             self._blocks[block] = drawn.cpu()
         return self._blocks[block]
-
-
-class _Whole:
-    """Whether a batch is a whole step or a piece of one (micro-batches, several processes)."""
-
-    def __init__(self, ctx: Context, schedule: Schedule) -> None:
-        self._ctx, self._schedule = ctx, schedule
-        self._epochs: list[list[int]] = []
-
-    def __call__(self, role: str, batch: Batch) -> bool:
-        """Compare with the schedule."""
-        ctx = self._ctx
-        while len(self._epochs) <= ctx.epoch:
-            steps = self._schedule.steps({role: len(ctx.split[role])}, len(self._epochs), ctx.seed)
-            self._epochs.append([len(s[role]) for s in steps])
-        before = sum(len(e) for e in self._epochs[: ctx.epoch])
-        return len(batch) == self._epochs[ctx.epoch][ctx.step - before]

@@ -22,6 +22,26 @@ _COMMIT = "a6e89fd"
 _ATTEMPTS = 1000
 
 
+def remaining_labels(ctx: Context, batch: Batch, key: int, *, exclude_true: bool = True) -> Tensor:
+    """Random classes ``[B]``, uniform over those that the request does not remove.
+
+    Raises:
+        RequestError: It removes too many.
+    """
+    task = ctx.task
+    wrong = task.wrong_target(batch, key=key, exclude_true=exclude_true)
+    if not ctx.split.removed:
+        return wrong
+    removed = torch.tensor(ctx.split.removed, device=wrong.device)
+    for attempt in range(_ATTEMPTS):
+        again = torch.isin(wrong, removed)
+        if not bool(again.any()):
+            return wrong
+        other = rng.key(key, "draw again", attempt)
+        wrong = torch.where(again, task.wrong_target(batch, key=other, exclude_true=exclude_true), wrong)
+    raise RequestError("no class is left to draw random labels from; the request removes too many classes")
+
+
 @part(
     "fine_tune", Info("Minimise the loss on the retain set only.", upstream=_SALUN, commit=_COMMIT, needs=("retain",))
 )
@@ -131,23 +151,24 @@ class RandomLabel(Objective):
         return {k: v for k, v in data.items() if k not in defaults or v or v != defaults[k]}
 
     def _labels(self, ctx: Context, batch: Batch, key: int) -> Tensor:
-        """``y'`` of a batch; labels of removed classes are drawn again, which keeps the others uniform."""
-        task = ctx.task
-        wrong = task.wrong_target(batch, key=key, exclude_true=self.exclude_true)
-        if not (self.exclude_removed and ctx.split.removed):
-            return wrong
-        removed = torch.tensor(ctx.split.removed, device=wrong.device)
-        for attempt in range(_ATTEMPTS):
-            again = torch.isin(wrong, removed)
-            if not bool(again.any()):
-                return wrong
-            other = rng.key(key, "draw again", attempt)
-            wrong = torch.where(again, task.wrong_target(batch, key=other, exclude_true=self.exclude_true), wrong)
-        raise RequestError("no class is left to draw random labels from; the request removes too many classes")
+        if not self.exclude_removed:
+            return ctx.task.wrong_target(batch, key=key, exclude_true=self.exclude_true)
+        return remaining_labels(ctx, batch, key, exclude_true=self.exclude_true)
 
     def bind(self, ctx: Context) -> LossFn:
-        """Return the loss function."""
+        """Return the loss function.
+
+        Raises:
+            RequestError: A text-to-image model shall forget words that are no class, which other classes' names would
+                leave in the captions.
+        """
         task = ctx.task
+        if ctx.split.concept and task.counts_draws:
+            raise RequestError(
+                f"random labels exchange the names of classes, and '{ctx.split.concept}' is none, so captions would "
+                "keep it; say what its captions are to mean instead: `pseudo: retain` (captions of retain images) or "
+                "`pseudo: [a prompt]` of t2i_salun, salun and barrier, or the objective 'pseudo_label'"
+            )
 
         def loss(batches: dict[str, Batch]) -> dict[str, Term]:
             if self.redraw == "step":

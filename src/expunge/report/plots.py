@@ -73,10 +73,10 @@ def _widen(axis: Any, least: float = 4.0) -> None:
 def class_accuracy(report: Report) -> str | None:
     """Accuracy per class before and after; forgotten classes are shaded."""
     before, after = report.class_accuracy.get("before", {}), report.class_accuracy.get("after", {})
-    names = [n for n in before if n in after]
+    names = [n for n in before if n in after] if before else list(after)
     if not names:
         return None
-    if len(names) > 40:  # show the classes that changed most, the forgotten ones first
+    if before and len(names) > 40:  # show the classes that changed most, the forgotten ones first
         moved = {n: abs((after[n].value or 0) - (before[n].value or 0)) for n in names}
         forgotten = set(report.forgotten_classes)
         names = sorted(names, key=lambda n: (n not in forgotten, -moved[n]))[:40]
@@ -88,8 +88,8 @@ def class_accuracy(report: Report) -> str | None:
                 axis.axhspan(y - 0.5, y + 0.5, color=COLOURS["forget"], alpha=0.10, lw=0)
         for key, shift, found in (("before", -0.13, before), ("after", 0.13, after)):
             for y, name in enumerate(names):
-                e = found[name]
-                if e.value is None:
+                e = found.get(name)
+                if e is None or e.value is None:
                     continue
                 if e.low is not None and e.high is not None:
                     axis.plot([e.low, e.high], [y + shift] * 2, color=COLOURS[key], lw=1.6, alpha=0.5)

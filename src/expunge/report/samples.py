@@ -28,7 +28,7 @@ _PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+={0,2}\Z")
 _SMALL, _LARGE = 96, 64
 #: The figures beside the images: whether the concept is drawn, and comparisons with the original's images.
 KEYS = (
-    *("gen_ua", "gen_ira", "gen_cra", "gen_cra_all", "fid", "kid"),
+    *("gen_ua", "gen_ua5", "gen_ira", "gen_cra", "gen_cra_all", "fid", "kid"),
     *("pair_mse", "pair_max", "lpips", "lpips_64", "style_loss"),
 )
 FORGOTTEN, OTHERS, PER_CELL = 4, 8, 4
@@ -214,7 +214,7 @@ def samples_section(
             cells = tuple(tuple(_shot(seen, i, axis) for i in chosen) for seen in columns.values())
             rows.append(SampleRow(key[0], which, cells))
     kept = [{k: e for k, e in (metrics or {}).get(name, {}).items() if k in KEYS} for name in columns]
-    names = ", ".join(str(first.classes[axis][c]) for c in forgotten)
+    names = ", ".join(first.named(axis, c) for c in forgotten)
     shown = tuple(kept) if any(kept) else ()
     return SamplesSection(tuple(columns), tuple(rows), shown, names, first.judge, note)
 
@@ -257,8 +257,8 @@ def _shot(seen: GeneratedObserved, row: int, axis: str) -> Shot:
     wanted = seen.asks[row].labels.get(axis)
     image = unit_pixels(seen.images[row : row + 1])[0]
     side = _SMALL if max(image.shape) <= _SMALL else _LARGE
-    words = ", ".join(str(seen.classes[a][c]) for a, c in said.items())
-    return Shot(data_uri(image, side), words, None if wanted is None else said[axis] == wanted)
+    words = ", ".join(seen.named(a, c) for a, c in said.items())
+    return Shot(data_uri(image, side), words, None if wanted is None or axis not in said else said[axis] == wanted)
 
 
 def _in_turn(keys: list[tuple[str, bool, int]]) -> list[tuple[str, bool, int]]:

@@ -12,7 +12,7 @@ ROLE_WORDS = {
     "after": "the model after forgetting",
     "reference": "trained again without the data; the yardstick",
     "control": "a check that shows what the figures do without the method",
-    "baseline": "another method, for comparison",
+    "baseline": "another method or patch, for comparison",
 }
 
 
@@ -79,6 +79,8 @@ def headline(report: Report) -> str:
     old, new = _value(report, "before", "ta"), _value(report, "after", "ta")
     if old is not None and new is not None and old.value is not None and new.value is not None:
         parts.append(f"Accuracy on new {noun} is {percent(new.value)} (before: {percent(old.value)}).")
+    if not parts and report.samples is not None and report.samples.about:
+        return report.samples.about
     if not parts:
         return "The figures below compare the model before and after the change."
     return " ".join(parts)

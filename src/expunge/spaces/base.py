@@ -17,6 +17,7 @@ from expunge.errors import RequestError, did_you_mean
 from expunge.part import Part
 from expunge.patch.changes import Change, accumulate_dtype, smallest
 from expunge.registry import Kind
+from expunge.restore import snapshot
 
 
 class OpenSpace(ABC):
@@ -60,7 +61,7 @@ class DirectSpace(OpenSpace):
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
-        self.base = {n: p.detach().clone() for n, p in parameters.items()}
+        self.base = {n: snapshot(p) for n, p in parameters.items()}
 
     def changes(self) -> dict[str, Change]:
         """``new - base`` per parameter, rounded to its precision, in the smallest form.
@@ -122,6 +123,17 @@ def select_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn
                 f"'{sorted(matched)[0]}' is shared with {', '.join(sorted(others))}: they change together", stacklevel=2
             )
     return {n: p for n, p in own.items() if n in chosen}
+
+
+def editable(ctx: Context, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """:func:`select_parameters`, where ``*`` alone stands for the network that predicts.
+
+    Of a pipeline that is the U-Net: its text encoders change only if they are named, as in ``text_encoder.*``.
+    """
+    unet = getattr(ctx.task, "unet", None)
+    if tuple(patterns) == ("*",) and unet is not None and unet is not ctx.model:
+        patterns = [f"{name}.*" for name, module in ctx.model.named_children() if module is unet]
+    return select_parameters(ctx.model, patterns)
 
 
 def _matches(name: str, pattern: str) -> bool:

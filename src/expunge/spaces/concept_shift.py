@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal, cast
 from weakref import WeakKeyDictionary
 
@@ -81,8 +81,26 @@ class _Beside(Attached):
         return on_own
 
 
+@contextmanager
+def beside(unet: nn.Module, shifts: Mapping[str, Shift]) -> Iterator[None]:
+    """Run shifts beside a U-Net for the time of a training run.
+
+    Raises:
+        RequestError: Another run does so.
+        CapabilityError: Adapters hide the U-Net's projections.
+    """
+    if attached_to(unet) is not None:
+        raise RequestError("a shift runs beside this U-Net already; one run at a time")
+    at_work = _attached[unet] = _Beside(unet, shifts)
+    try:
+        yield
+    finally:
+        at_work.close()
+        _attached.pop(unet, None)
+
+
 class OpenShift(OpenSpace):
-    """The coefficients of one concept at work.
+    """The coefficients of one concept.
 
     Attributes:
         shift: The shift; its coefficients are what the optimiser moves, called ``omega.<tensor>``.
@@ -102,9 +120,12 @@ class OpenShift(OpenSpace):
         self._sums = GradientSum()
         self.parameters = {f"omega.{self._prefix}{n}": p for n, p in shift.omega.items()}
         self.base = {self._prefix + n: p.detach() for n, p in key_value(self._unet).items()}
-        if attached_to(self._unet) is not None:
-            raise RequestError("a shift runs beside this U-Net already; one run at a time")
-        self._beside = _attached[self._unet] = _Beside(self._unet, {_CONCEPT: shift})
+        self._at_work = ExitStack()
+
+    def attach(self) -> OpenShift:
+        """Run the shift beside the U-Net until :meth:`close`."""
+        self._at_work.enter_context(beside(self._unet, {_CONCEPT: self.shift}))
+        return self
 
     def before_step(self) -> None:
         """As published, every gradient is the sum of all so far."""
@@ -135,8 +156,7 @@ class OpenShift(OpenSpace):
 
     def close(self) -> None:
         """Take the shift off the U-Net."""
-        self._beside.close()
-        _attached.pop(self._unet, None)
+        self._at_work.close()
 
 
 def text_task(task: Task, who: str) -> TextToImageTask:
@@ -234,7 +254,11 @@ class ConceptShift(Space):
         return tuple(dict.fromkeys(given)), tuple(dict.fromkeys(others))
 
     def open(self, ctx: Context) -> OpenSpace:
-        """Find the directions, report how many are left, and attach a zero shift.
+        """:meth:`plan`, and run the shift beside the U-Net."""
+        return self.plan(ctx).attach()
+
+    def plan(self, ctx: Context) -> OpenShift:
+        """Find the directions, report how many are left, and make a zero shift.
 
         Raises:
             CapabilityError: The task has no U-Net with text, or adapters hide its projections.

@@ -36,9 +36,9 @@ class MatchedLayers(Space):
 
     def open(self, ctx: Context) -> OpenSpace:
         """Open on the parameters of the selected modules."""
-        from expunge.protections.interval.match import find
+        from expunge.protections.interval.match import find_in
 
-        layers = find(ctx.model, self.targets, self.rule).layers
+        layers = find_in(ctx, self.targets, self.rule).layers
         patterns = [f"{name}.*" if name else "*" for name, m in layers.items() if any(True for _ in m.parameters())]
         if not patterns:
             raise RequestError(f"no module with weights matches {list(self.targets)}")

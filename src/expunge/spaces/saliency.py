@@ -15,7 +15,7 @@ from expunge.digest import combine, state_digests, tensor_digest
 from expunge.part import part
 from expunge.registry import Info
 from expunge.saliency import Mask, Select, make_mask, saliency_scores
-from expunge.spaces.base import DirectSpace, OpenSpace, Space, select_parameters
+from expunge.spaces.base import DirectSpace, OpenSpace, Space, editable
 
 Freeze = Literal["weights", "arithmetic", "gradient"]
 
@@ -89,7 +89,8 @@ class SaliencyMask(Space):
 
     Args:
         keep: Fraction of weights that may change (the mask ratio r).
-        targets: Glob patterns on parameter names that take part in the ranking.
+        targets: Glob patterns on parameter names that take part in the ranking; others do not change. ``*`` stands for
+            the network that predicts: of a text-to-image pipeline the U-Net, not the text encoders.
         scope: Rank globally or within each parameter.
         select: ``top``, or the controls ``bottom`` and ``random`` of equal size.
         reduction: See :func:`expunge.saliency.saliency_scores`.
@@ -114,7 +115,7 @@ class SaliencyMask(Space):
 
     def open(self, ctx: Context) -> OpenSpace:
         """Compute (or load) the mask and open on the selected parameters."""
-        parameters = select_parameters(ctx.model, self.targets)
+        parameters = editable(ctx, self.targets)
         base = combine(state_digests(parameters))
         forget = tensor_digest(ctx.split["forget"])
         last: dict[str, Tensor] = {}

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
 
 from expunge.config.tasks import (
     AnyTaskConfig,
     ClipTaskConfig,
     DdpmTaskConfig,
-    FurtherFigures,
-    JudgeSpec,
     TaskConfig,
     TextToImageTaskConfig,
 )
@@ -25,10 +19,6 @@ from expunge.models import Normalize, build_model
 from expunge.tasks.base import Task
 from expunge.tasks.classifier import ClassifierTask
 from expunge.tasks.images import ImageTask
-
-if TYPE_CHECKING:
-    from expunge.metrics.generative import Tools
-    from expunge.metrics.judge import Judge
 
 
 def make_task(config: AnyTaskConfig) -> Task:
@@ -95,9 +85,10 @@ def _ddpm(config: DdpmTaskConfig) -> Task:
 
 
 def _text_to_image(config: TextToImageTaskConfig) -> Task:
-    from expunge.diffusion.asks import prompts_from_csv
+    from expunge.diffusion.asks import read_prompts
     from expunge.files import cache_dir
     from expunge.models.pipelines import load_pipeline
+    from expunge.tasks.judging import judged_classes, make_judge, make_tools
     from expunge.tasks.text_to_image import TextToImageTask
 
     axes = None
@@ -105,8 +96,11 @@ def _text_to_image(config: TextToImageTaskConfig) -> Task:
         name = config.axis or "concept"
         axes = {name: Axis(torch.arange(len(config.classes)), config.classes, config.templates)}
     data = None if config.data is None else load_data(config.data)
-    known = axes if data is None else data.train.axes if isinstance(data.train, CaptionedImages) else {}
-    return TextToImageTask(
+    found = axes if data is None else data.train.axes if isinstance(data.train, CaptionedImages) else {}
+    known = {name: axis.classes for name, axis in (found or {}).items()}
+    judged_classes(config.judge, known, "task.judge")  # refused before the pipeline is loaded
+    asks = None if config.prompts is None else read_prompts(config.prompts).drawn(config.images_per_prompt)
+    task = TextToImageTask(
         load_pipeline(config.model),
         data,
         axis=config.axis,
@@ -118,57 +112,11 @@ def _text_to_image(config: TextToImageTaskConfig) -> Task:
         seed=config.seed,
         sample_batch=config.sample_batch,
         cache=cache_dir() / "latents",
-        asks=None if config.prompts is None else prompts_from_csv(config.prompts),
-        images_per_prompt=config.images_per_prompt,
-        judge=_judge(config.judge, known or {}),
-        tools=_tools(config.figures),
+        asks=asks,
+        images_per_prompt=config.images_per_prompt or 1,
+        judge=make_judge(config.judge, config.figures, known, "task.judge"),
+        tools=make_tools(config.figures),
+        gradient_checkpointing=config.gradient_checkpointing,
     )
-
-
-def _judge(given: str | Mapping[str, JudgeSpec] | None, axes: Mapping[str, Axis]) -> Judge | None:
-    if given is None:
-        return None
-    if not isinstance(given, str):
-        return _judges(given, axes)
-    from expunge.data.canvas_draw import SHAPES, STYLES
-    from expunge.metrics.judge import HeadsJudge
-    from expunge.models.canvas_judge import load_judge
-
-    return HeadsJudge(load_judge(), {"object": list(SHAPES), "style": list(STYLES)})
-
-
-def _judges(specs: Mapping[str, JudgeSpec], axes: Mapping[str, Axis]) -> Judge:
-    from expunge.metrics.judge import JointJudge, resized
-    from expunge.models.class_judge import ClassJudge
-
-    judges = []
-    for axis, spec in specs.items():
-        if axis not in axes:
-            raise ConfigError(f"task.judge names the axis {axis!r}; there are: {', '.join(axes)}")
-        known = axes[axis].classes
-        if spec.model.n_classes != len(known):
-            raise ConfigError(f"task.judge.{axis} has {spec.model.n_classes} classes, the axis {len(known)}")
-        size, scale = spec.size or spec.model.input_shape[1], Normalize.named(spec.normalize)
-        model = build_model(spec.model).eval().requires_grad_(False)
-        channels = spec.model.input_shape[0]
-        judges.append(
-            ClassJudge(model, known, channels, lambda x, s=size, n=scale: n(resized(x, s)), axis)  # type: ignore[misc]
-        )
-    return JointJudge(tuple(judges))
-
-
-def _tools(figures: FurtherFigures) -> Tools:
-    from expunge.metrics.backbones import load_lpips, load_vgg19
-    from expunge.metrics.detector import load_nudenet
-    from expunge.metrics.generative import Tools, tool_or_reason
-    from expunge.models.clip import load_clip
-
-    clip, lpips, style = figures.clip, figures.lpips, figures.style
-    return Tools(
-        clip=None if clip is None else tool_or_reason(lambda: load_clip(clip)),
-        clip_name="" if clip is None else clip.name,
-        lpips=None if lpips is None else tool_or_reason(lambda: load_lpips(Path(lpips))),
-        style=None if style is None else tool_or_reason(lambda: load_vgg19(Path(style))),
-        detector=tool_or_reason(load_nudenet) if figures.nudity else None,
-        threshold=figures.threshold,
-    )
+    task.check_judge()
+    return task

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from expunge.data.base import ImageSet
+from expunge.data.caption_files import OTHER
 from expunge.data.captions import Axis, CaptionedImages, mentions
 from expunge.diffusion.asks import Ask, repeated
 from expunge.errors import RequestError, did_you_mean
@@ -114,6 +115,11 @@ def removed(request: ForgetRequest, classes: Sequence[str]) -> list[int]:
     return class_numbers(request.what.classes, classes) if isinstance(request.what, Label) else []
 
 
+def named_count(classes: Sequence[str]) -> int:
+    """Number of the classes that have a name: a last class ``other`` holds the captions that name none."""
+    return len(classes) - (len(classes) > 1 and classes[-1] == OTHER)
+
+
 def prompts_of(axis: Axis) -> list[list[str]]:
     """The templates of an axis with each class filled in, one list per class."""
     return [[t.format(plain(name, lower=False)) for t in axis.templates] for name in axis.classes]
@@ -122,7 +128,8 @@ def prompts_of(axis: Axis) -> list[list[str]]:
 def asks_along(axis: str, axes: Mapping[str, Axis], *, images: int = 1, seed: int = 0) -> list[Ask]:
     """What an evaluation draws by default: every prompt of every class of an axis.
 
-    The images show the prompt's class along the axis, and along another one the class that the prompt names.
+    The images show the prompt's class along the axis, and along another one the class that the prompt names. The class
+    ``other`` of captions without a name is not drawn.
 
     Args:
         axis: Name of the axis.
@@ -131,7 +138,7 @@ def asks_along(axis: str, axes: Mapping[str, Axis], *, images: int = 1, seed: in
         seed: Of the noise.
     """
     asks: list[Ask] = []
-    for number, prompts in enumerate(prompts_of(axes[axis])):
+    for number, prompts in enumerate(prompts_of(axes[axis])[: named_count(axes[axis].classes)]):
         for prompt in prompts:
             labels = named_classes(prompt, {n: a for n, a in axes.items() if n != axis})
             asks.append(Ask(prompt, seed, len(asks), {axis: number, **labels}))

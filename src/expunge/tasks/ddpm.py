@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from expunge.diffusion.asks import Ask, first_noise
 from expunge.diffusion.generate import generate
 from expunge.diffusion.process import Process, draw_noise
 from expunge.digest import json_digest, tensor_digest
-from expunge.errors import CapabilityError, ConfigError, DataError, RequestError
+from expunge.errors import CapabilityError, ConfigError, DataError
 from expunge.metrics.estimate import Estimate
 from expunge.metrics.generative import measure_generated
 from expunge.metrics.judge import GeneratedObserved, observe_generated
@@ -65,10 +64,7 @@ SAMPLING = Sampling()
 class DdpmTask(DiffusionTask, ImageTask):
     """A U-Net that predicts the noise of an image given its class, with its labelled images.
 
-    The loss is ``mean (eps(x_t, t, c) - noise)^2`` per sample. Where targets name another class ``c'``, the prediction
-    for the sample's own class is drawn to the one for the other, ``mean (eps(x_t, t, c) - sg eps(x_t, t, c'))^2``
-    (SalUn, arXiv 2310.12508, the equation for generation), which makes random labels what they are there. The target is
-    the model's own as it stands, in eval mode.
+    The loss is that of :class:`~expunge.tasks.diffusion.DiffusionTask`.
 
     While the model trains, the class of some of the samples that stay is replaced by the null class; forget samples
     keep theirs, so that nothing of them is taught to the unconditional prediction.
@@ -120,7 +116,7 @@ class DdpmTask(DiffusionTask, ImageTask):
             )
         self.scheduler, self.process = scheduler, Process(scheduler)
         self.sampling, self.condition_drop, self.antithetic = sampling, condition_drop, antithetic
-        self._judge, self._guidance = judge, 1.0
+        self._judge = judge
 
     @property
     def unet(self) -> nn.Module:  # type: ignore[override]  # read-only: a frozen copy replaces the model
@@ -138,12 +134,6 @@ class DdpmTask(DiffusionTask, ImageTask):
         if self._judge is None:
             self._judge = train_judge(self.data)
         return self._judge
-
-    def guided(self, guidance: float) -> DdpmTask:
-        """The same task whose loss and predictions use guided noise; see :class:`Sampling` for how it counts."""
-        other = copy.copy(self)
-        other._guidance = guidance
-        return other
 
     # -- samples -------------------------------------------------------------------------------------------------------
 
@@ -178,27 +168,13 @@ class DdpmTask(DiffusionTask, ImageTask):
         found: Tensor = self.model(x_t, t, class_labels=condition, return_dict=False)[0]
         return found
 
-    def guided_eps(self, x_t: Tensor, t: Tensor, condition: Tensor, guidance: float) -> Tensor:
-        """``eps_null + guidance (eps_class - eps_null)``, from one pass over both."""
-        if guidance == 1:
-            return self.eps(x_t, t, condition)
-        both = torch.cat([condition, torch.full_like(condition, self.null)])
-        given, without = self.eps(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-        return without + guidance * (given - without)
-
     def condition(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
-        """Class numbers ``[B]``.
-
-        Raises:
-            RequestError: Targets are probabilities.
-        """
-        if targets is not None and targets.ndim != 1:
-            raise RequestError("the ddpm task takes class numbers as targets, not probabilities")
+        """Class numbers ``[B]``."""
         return batch.targets if targets is None else targets
 
-    def unconditional(self, batch: Batch) -> Tensor:
-        """The null class for every sample."""
-        return torch.full_like(batch.targets, self.null)
+    def unconditional(self, n: int) -> Tensor:
+        """The null class ``[n]``."""
+        return torch.full((n,), self.null, device=self.device)
 
     def dropped(self, batch: Batch, labels: Tensor, share: float, branch: str) -> Tensor:
         """``labels`` with a share of them replaced by the null class, a function of the batch's key and sample ids."""
@@ -207,23 +183,13 @@ class DdpmTask(DiffusionTask, ImageTask):
         draw = rng.randint(rng.key(batch.key, f"condition drop {branch}"), batch.ids, 2**40)
         return torch.where((draw < share * 2**40).to(labels.device), self.null, labels)
 
-    def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
-        """Per-sample loss ``[B]``; see the class."""
-        own, wanted = batch.targets, self.condition(batch, targets)
-        x_t, t, goal = self.drawn(batch)
-        if wanted is not own:
-            with evaluating(self.model):
-                other = self.guided_eps(x_t, t, wanted, self._guidance)
-            goal = torch.where((wanted != own).reshape(-1, *[1] * (goal.ndim - 1)), other, goal)
-        if self.model.training:
-            kept = self.dropped(batch, own, self.condition_drop, "retain")
-            own = torch.where(batch.is_forget.to(own.device), own, kept)
-        return (self.guided_eps(x_t, t, own, self._guidance) - goal).square().flatten(1).mean(1)
-
-    def predict(self, batch: Batch) -> Tensor:
-        """Predicted noise at the drawn times."""
-        x_t, t, _ = self.drawn(batch)
-        return self.guided_eps(x_t, t, batch.targets, self._guidance)
+    def _own_condition(self, batch: Batch) -> Tensor:
+        """Classes ``[B]``; in training mode some of the samples that stay lose theirs."""
+        own = batch.targets
+        if not self.model.training:
+            return own
+        kept = self.dropped(batch, own, self.condition_drop, "retain")
+        return torch.where(batch.is_forget.to(own.device), own, kept)
 
     def logits(self, role: str, split: Split, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """Not there: a diffusion model names no classes.

@@ -19,7 +19,7 @@ from expunge.metrics.judge import GeneratedObserved, Judge, observe_generated
 from expunge.metrics.outputs import ClassifierOutputs
 from expunge.report.samples import samples_section
 from expunge.tasks.base import Observed, Split
-from expunge.tasks.concepts import plain
+from expunge.tasks.concepts import named_count, plain
 from expunge.tasks.pipeline import PipelineTask
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class DrawingTask(PipelineTask):
 
     Attributes:
         asks: What an evaluation draws.
-        judge: Says what images show; without one there is no evaluation.
+        judge: Says what images show; without one they are only compared.
         axis: The label axis whose classes may be forgotten.
         axes: All label axes.
         tools: Models for further figures.
@@ -51,17 +51,17 @@ class DrawingTask(PipelineTask):
         Equal noise for equal asks, whatever the model. A concept that is no class counts as asked for by every prompt
         that names it.
 
+        Without a judge there are no such outputs, and the images are compared only.
+
         Raises:
-            CapabilityError: The task has no judge, or it does not know the axis or its classes.
+            CapabilityError: The judge does not know the axis or its classes.
         """
-        if self.judge is None or self.axis not in self.judge.classes:
-            knows = "there is none" if self.judge is None else f"it knows {', '.join(self.judge.classes)}"
-            raise CapabilityError(f"an evaluation needs a judge of the axis '{self.axis}'; {knows}")
-        for axis, names in self.judge.classes.items():
-            if axis in self.axes and [plain(n) for n in names] != [plain(n) for n in self.axes[axis].classes]:
-                raise CapabilityError(f"the judge's classes of the axis '{axis}' are not those of the task")
+        self.check_judge()
         images = generate(self.sample, self.asks, batch_size=self.sample_batch)
-        seen = observe_generated(self.judge, images, self.asks)
+        names = {name: axis.classes for name, axis in self.axes.items()}
+        seen = observe_generated(self.judge, images, self.asks, classes=names)
+        if not seen.judged:
+            return Observed({}, seen)
         if split.removed or not split.concept:
             return Observed(seen.outputs(self.axis, split.removed), seen)
         whole = seen.outputs(self.axis, ())["test"]
@@ -73,6 +73,22 @@ class DrawingTask(PipelineTask):
             if rows.any()
         }
         return Observed(outputs, seen)
+
+    def check_judge(self) -> None:
+        """Refuse a judge that does not know the axis or its classes.
+
+        Raises:
+            CapabilityError: Names what does not fit.
+        """
+        known = self.judge.classes if self.judge is not None else {}
+        if known and self.axis not in known:
+            raise CapabilityError(
+                f"an evaluation needs a judge of the axis '{self.axis}'; this one knows {', '.join(known)}"
+            )
+        for axis, names in known.items():
+            own = self.axes[axis].classes if axis in self.axes else names
+            if [plain(n) for n in names] != [plain(n) for n in own[: named_count(own)]]:
+                raise CapabilityError(f"the judge's classes of the axis '{axis}' are not those of the task")
 
     def further_metrics(self, split: Split, seen: Observed) -> dict[str, Estimate]:
         """UA, IRA and CRA of the drawn images and, with images at hand, distances to test images that stay."""
@@ -106,9 +122,16 @@ class DrawingTask(PipelineTask):
         """Features of the real images of what stays: the judge's, so the same for every model of one request."""
         if self._known is None or self._known[0] is not split or self._known[1] is not self.judge:
             x = self.kept_images(split)
-            found = None if x is None or self.judge is None else self.judge.features(x).float().cpu().numpy()
+            found = None if x is None or self.judge is None else self._features(x)
             self._known = split, self.judge, found
         return self._known[2]
+
+    def _features(self, images: Tensor) -> np.ndarray | None:
+        assert self.judge is not None
+        try:
+            return self.judge.features(images).float().cpu().numpy()
+        except CapabilityError:  # a judge may only name; the figures then say so
+            return None
 
     @abstractmethod
     def kept_images(self, split: Split) -> Tensor | None:

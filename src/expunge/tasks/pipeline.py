@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from expunge import rng
 from expunge.diffusion.asks import Ask, first_noise
 from expunge.diffusion.latents import decode, lent
 from expunge.diffusion.process import Process, draw_noise
+from expunge.diffusion.recompute import recomputing
 from expunge.diffusion.sample import fresh, guided
 from expunge.digest import model_digest
 from expunge.errors import ConfigError, RequestError
@@ -36,12 +38,15 @@ class PipelineTask(DiffusionTask):
     Attributes:
         model: ``unet`` and ``text_encoder`` (and ``text_encoder_2``); the autoencoder is not edited.
         text: Token ids and states of prompts.
+        gradient_checkpointing: Graded passes keep less and run blocks twice, see
+            :func:`~expunge.diffusion.recompute.recomputing`; the gradients are the same.
 
     Raises:
         ConfigError: A side that is no multiple of what one latent cell covers.
     """
 
     capabilities = frozenset({"diffusion", "text"})
+    gradient_checkpointing: bool = False
 
     def __init__(self, parts: Parts, steps: int, guidance: float, side: int | None, sample_batch: int) -> None:
         self.parts, self.model, self.unet = parts, parts.model(), parts.unet
@@ -80,7 +85,9 @@ class PipelineTask(DiffusionTask):
             sizes = torch.tensor([self.side, self.side, 0, 0, self.side, self.side], device=x_t.device, dtype=dtype)
             options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes.expand(len(x_t), -1)}
         t = t.to(x_t.device)
-        found: Tensor = self.unet(x_t.to(dtype), t, encoder_hidden_states=states, **options).sample
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        with recomputing(self.unet) if again else nullcontext():
+            found: Tensor = self.unet(x_t.to(dtype), t, encoder_hidden_states=states, **options).sample
         if self.parts.predicts == "v_prediction":
             a = self.process.alphas_cumprod[t.cpu()].to(found).reshape(-1, 1, 1, 1)
             found = a.sqrt() * found + (1 - a).sqrt() * x_t
@@ -98,9 +105,9 @@ class PipelineTask(DiffusionTask):
         noise = draw_noise(batch.key, batch.ids, x0.shape[1:], x0.dtype).to(x0.device)
         return self.process.noised(x0, noise, t), t, noise
 
-    def unconditional(self, batch: Batch) -> Tensor:
-        """Conditions of the empty prompt."""
-        return self.text.empty(len(batch))
+    def unconditional(self, n: int) -> Tensor:
+        """Conditions of the empty prompt, ``n`` times."""
+        return self.text.empty(n)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

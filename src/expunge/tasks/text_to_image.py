@@ -32,6 +32,7 @@ from expunge.tasks.concepts import (
     index_sets,
     known_class,
     named_classes,
+    named_count,
     plain,
     prompts_of,
     removed,
@@ -74,8 +75,9 @@ class PromptSplit(Split):
 class TextToImageTask(DrawingTask):
     """A text-to-image pipeline with captioned images, or with prompts alone.
 
-    The loss of a sample is the squared error of the noise predicted in its noised latents, on its own caption or on
-    that of another class: the caption with the class' name exchanged, or :meth:`prompt_of` where it is not named.
+    The loss is that of :class:`~expunge.tasks.diffusion.DiffusionTask` on noised latents (their mean, one and the same
+    for both captions) and captions. The caption of another class is the sample's own with the class' name exchanged, or
+    :meth:`prompt_of` where it is not named.
 
     Beside the roles of the images there is ``concept``: virtual samples of noise whose captions are the
     :meth:`concept_prompts` in turn, for methods that need no images. Without images it is the only role.
@@ -95,7 +97,8 @@ class TextToImageTask(DrawingTask):
         asks: What an evaluation draws; by default every prompt of the axis. Labels that are not given are those classes
             that a prompt names.
         images_per_prompt: For the default of ``asks``.
-        judge: Says what generated images show; without one there is no evaluation.
+        judge: Says what generated images show; without one they are only compared.
+        gradient_checkpointing: Run the U-Net's blocks again in the backward pass instead of keeping what they computed.
         tools: Models for further figures of generated images.
 
     Attributes:
@@ -125,9 +128,11 @@ class TextToImageTask(DrawingTask):
         images_per_prompt: int = 1,
         judge: Judge | None = None,
         tools: Tools | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(parts, steps, guidance, side, sample_batch)
         self.virtual, self.seed, self.cache = virtual, seed, cache
+        self.gradient_checkpointing = gradient_checkpointing
         self.data = data
         self._sets: dict[str, CaptionedImages] = {}
         if data is not None:
@@ -273,11 +278,22 @@ class TextToImageTask(DrawingTask):
         return CaptionedBatch(x, targets.to(device), ids, role, is_forget, captions=captions)
 
     def wrong_target(self, batch: Batch, *, key: int, exclude_true: bool = True) -> Tensor:
-        """A random class per sample, uniform over the other classes (or over all of them)."""
-        n = len(self.classes)
+        """A random class per sample, uniform over the other classes that have a name (or over all of them).
+
+        Raises:
+            RequestError: Only one class has a name.
+        """
+        n, own = named_count(self.classes), batch.targets
+        if n < 2:
+            raise RequestError(
+                f"'{self.classes[0]}' is the only class with a name, so there is no other label to draw; say what its "
+                "captions are to mean instead: `pseudo: retain` (captions of retain images) or `pseudo: [a prompt]`"
+            )
+        whole = rng.randint(key, batch.ids, n).to(own)
         if not exclude_true:
-            return rng.randint(key, batch.ids, n).to(batch.targets)
-        return (batch.targets + 1 + rng.randint(key, batch.ids, n - 1).to(batch.targets)) % n
+            return whole
+        others = (own + 1 + rng.randint(key, batch.ids, n - 1).to(own)) % n
+        return torch.where((own >= 0) & (own < n), others, whole)
 
     def data_digest(self) -> str:
         """Digest over all images, captions and axes, the autoencoder, and the settings of virtual samples."""
@@ -291,7 +307,6 @@ class TextToImageTask(DrawingTask):
         """Conditions of samples, of their own captions or of those of other classes where ``targets`` differ.
 
         Raises:
-            RequestError: Targets are probabilities, not class numbers.
             CapabilityError: The batch was cut without its captions.
         """
         assert isinstance(batch, CaptionedBatch)
@@ -302,8 +317,6 @@ class TextToImageTask(DrawingTask):
                 "for ssd choose profile 'as_published', which takes gradients of batches"
             )
         if targets is not None:
-            if targets.ndim != 1:
-                raise RequestError(f"the {self.name} task takes class numbers as targets, not probabilities")
             rows = zip(texts, batch.targets.tolist(), targets.tolist(), strict=True)
             texts = [text if own == other else self.renamed(text, own, other) for text, own, other in rows]
         return self.conditions(texts)
@@ -316,7 +329,7 @@ class TextToImageTask(DrawingTask):
         return replaced_caption(caption.replace("_", " "), plain(name, lower=False), plain(self.classes[other]))
 
     def loss(self, batch: Batch, targets: Tensor | None = None) -> Tensor:
-        """Mean squared error of the predicted noise per sample ``[B]`` (mean over channels and cells).
+        """Per-sample loss ``[B]``; see the class.
 
         Raises:
             CapabilityError: The samples are virtual: noise without an image.

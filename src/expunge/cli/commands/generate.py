@@ -29,7 +29,9 @@ def generate(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder; original/ and erased/ are made in it.")],
     patch: Annotated[list[Path] | None, typer.Option("--patch", "-p", help="Patches of the erased model.")] = None,
-    images: Annotated[int, typer.Option(help="Images per prompt, each from other noise.")] = 1,
+    images: Annotated[
+        int | None, typer.Option(help="Images per prompt, each from other noise; the file's column, or 1, by default.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts.")] = None,
     original: Annotated[bool, typer.Option(help="Also draw with the untouched model.")] = True,
     steps: Annotated[int, typer.Option(help="Steps of the sampler.")] = 50,
@@ -44,16 +46,13 @@ def generate(
 ) -> None:
     """Draw images for prompts into folders that a killed run continues, with equal noise before and after patches."""
     from expunge.cli.show import say
-    from expunge.diffusion.generate import drawing_facts, generate_files, prompts_from_csv, repeated
+    from expunge.diffusion.generate import drawing_facts, generate_files, read_prompts
     from expunge.errors import ConfigError
     from expunge.patch import Patch, apply
 
     if not original and not patch:
         raise ConfigError("--no-original without a --patch leaves nothing to draw")
-    asks = prompts_from_csv(prompts)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit is {limit}; at least one prompt is needed")
-    asks = repeated(asks[:limit], images)
+    asks = read_prompts(prompts).drawn(images, limit)
     patches = [Patch.load(p) for p in patch or ()]
     if model.endswith((".yaml", ".yml")):
         _refuse_options(context)

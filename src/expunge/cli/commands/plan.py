@@ -14,6 +14,7 @@ from expunge.cli.commands.runs import OVERRIDES, Words, config_and_overrides
 def plan(
     words: Words,
     protected: Annotated[int | None, typer.Option(help="SRS-ME: prompts that stay beside the empty one.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a run on the CPU.")] = False,
     teraflops: Annotated[float | None, typer.Option(help="What the device reaches in such a model.")] = None,
 ) -> None:
     """Predict size, passes, peak memory and time of a run from configurations alone; nothing is loaded."""
@@ -38,7 +39,17 @@ def plan(
         protected = len(recipe.space.protect) + len(recipe.space.watermarks) + max(0, others)
     stored = 4 if spec.dtype == "float32" else 2
     speed = None if teraflops is None else teraflops * 1e12
-    found = predict(recipe, shape_of(spec.name), protected=protected, speed=speed, stored=stored)
+    shape = shape_of(spec.name)
+    found = predict(
+        recipe,
+        shape,
+        protected=protected,
+        speed=speed,
+        stored=stored,
+        side=None if config.task.side is None else config.task.side // shape.factor,
+        checkpointing=config.task.gradient_checkpointing,
+        on_cpu=cpu,
+    )
     console().print(table(found))
     for note in found.notes:
         complain(note, "yellow", "note")

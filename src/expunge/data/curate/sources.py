@@ -14,6 +14,8 @@ from expunge.data.curate.tables import METADATA, Columns, read_metadata, read_pa
 from expunge.data.curate.tars import read_tar
 from expunge.errors import DataError
 
+#: What ``expunge generate`` writes beside its images.
+GENERATED = "generated.json"
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MAX_FILES = 100_000
@@ -107,7 +109,7 @@ def _shards(path: Path, columns: Columns) -> Iterator[tuple[Path, Shard]]:
 
 
 def read_folder(folder: Path, columns: Columns | None = None) -> list[Pair]:
-    """Pairs of a folder: by its metadata file if it has one, else images and text files of equal name at any depth.
+    """Pairs of a folder: by its metadata or its list of drawn images, else images and texts of equal name at any depth.
 
     Raises:
         DataError: No image and no caption, or the metadata are not readable.
@@ -115,6 +117,8 @@ def read_folder(folder: Path, columns: Columns | None = None) -> list[Pair]:
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if metadata is not None:
         return read_metadata(metadata, columns or Columns())
+    if (folder / GENERATED).is_file():
+        return _read_generated(folder)
     found = Grouped(str(folder))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -132,6 +136,18 @@ def read_folder(folder: Path, columns: Columns | None = None) -> list[Pair]:
     if not pairs:
         raise DataError(f"{folder} holds no tar or Parquet files and no images or captions")
     return pairs
+
+
+def _read_generated(folder: Path) -> list[Pair]:
+    """Pairs of a folder that ``expunge generate`` drew: the prompts are the captions."""
+    from expunge.diffusion.image_folder import recorded
+
+    found = Grouped(str(folder))
+    for ask in recorded(folder)[1]:
+        file = folder / ask.name
+        problem = "" if file.is_file() else "not drawn yet"
+        found.add(file.stem, caption=ask.prompt, read=None if problem else file.read_bytes, problem=problem)
+    return found.pairs()
 
 
 def _caption(path: Path) -> tuple[str | None, str]:

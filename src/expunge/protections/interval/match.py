@@ -8,11 +8,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from expunge.errors import RequestError
+
+if TYPE_CHECKING:
+    from expunge.context import Context
 
 MatchRule = Literal["as_published", "as_intended"]
 
@@ -85,6 +88,30 @@ def find(model: nn.Module, targets: Sequence[str], rule: MatchRule = "as_intende
     rest = {n: m for n, m in named.items() if n not in layers}
     if not layers:
         raise RequestError(_nothing(model, targets, rest))
+    return Match(layers, rest)
+
+
+def find_in(ctx: Context, targets: Sequence[str], rule: MatchRule = "as_intended") -> Match:
+    """:func:`find` in the model of a context; of a text-to-image pipeline in its U-Net, by whole names.
+
+    Raises:
+        RequestError: As :func:`find`; or a pattern selects layers of a text encoder only, whose states are computed
+            once per prompt: there is nothing to measure while the U-Net is passed.
+    """
+    unet = getattr(ctx.task, "unet", None)
+    found = find(ctx.model, targets, rule)
+    if unet is None or unet is ctx.model:
+        return found
+    inside = {id(m) for m in unet.modules()}
+    outside = {n for n, m in found.layers.items() if id(m) not in inside}
+    test = selects if rule == "as_published" else _selects_strict
+    for pattern in targets:
+        hit = [n for n, m in found.layers.items() if test(pattern, n, m)]
+        if hit and outside.issuperset(hit):
+            raise RequestError(
+                f"'{pattern}' selects layers of a text encoder only, such as '{hit[0]}'; name layers of the U-Net"
+            )
+    layers, rest = ({n: m for n, m in part.items() if id(m) in inside} for part in (found.layers, found.unsupported))
     return Match(layers, rest)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import nn
 
+from expunge import rng
 from expunge.context import Context
 from expunge.errors import RequestError
 from expunge.objectives.base import Term
@@ -16,13 +18,14 @@ from expunge.part import part
 from expunge.protections.base import Penalty, Protection
 from expunge.protections.interval.collect import CollectSettings, collect
 from expunge.protections.interval.loss import IntervalPenalty, PenaltySettings, ProtectedLayer, build
-from expunge.protections.interval.match import SUPPORTED, find
+from expunge.protections.interval.match import SUPPORTED, find_in
 from expunge.protections.interval.published import build_published, collect_published
 from expunge.protections.interval.regions import IntervalMode, Region
 from expunge.protections.interval.rows import ConvRows
-from expunge.protections.interval.statistics import Collected, load
+from expunge.protections.interval.statistics import Collected, load, span
 from expunge.registry import Info
 from expunge.spaces.base import OpenSpace
+from expunge.tasks.base import Batch
 
 _LIMIT_UP_TO = 1024
 
@@ -75,6 +78,7 @@ class IntervalProtection(Protection):
         include_mean: Keep the mean part.
         include_residual: Keep the residual part.
         passes: 2 passes the forget set twice for finer quantiles where it exceeds the row sample.
+        draws: For diffusion models: how many times and noises of each sample the statistics are taken over.
         batch_size: Samples per forward pass of the collection.
         statistics: File with statistics from an earlier collection, instead of collecting.
     """
@@ -103,6 +107,7 @@ class IntervalProtection(Protection):
     include_mean: bool = True
     include_residual: bool = True
     passes: Literal[1, 2] = 1
+    draws: int = Field(default=1, ge=1)
     batch_size: int = Field(default=256, ge=1)
     statistics: str | None = None
 
@@ -162,7 +167,9 @@ class IntervalProtection(Protection):
             DataError: A forget input is not finite, or a layer never runs.
         """
         layers = self._layers(ctx, space)
-        penalty = self.penalty(ctx.model, layers, self._statistics(ctx, layers), ctx.seed)
+        statistics = self._statistics(ctx, layers)
+        self._note_free(ctx, statistics)
+        penalty = self.penalty(ctx.model, layers, statistics, ctx.seed)
         closed = [v for v in penalty.layers.values() if isinstance(v, ProtectedLayer)]
         if len(closed) == len(penalty.layers) and max(v.form.H.shape[-1] for v in closed) <= _LIMIT_UP_TO:
             ctx.note(
@@ -186,9 +193,27 @@ class IntervalProtection(Protection):
             return build_published(layers, statistics, settings, skip_svd=self.skip_svd)
         return build(layers, statistics, settings, conv=self.conv_rows)
 
+    def _note_free(self, ctx: Context, statistics: Collected) -> None:
+        """Say where most directions have neither forget energy nor anything else that holds them."""
+        if self.floor or self.retain_weight or self.skip_svd:
+            return
+        spans: dict[int, int] = {}  # layers with the same input share their statistics
+        free = []
+        for name, groups in statistics.items():
+            for s in groups:
+                if id(s) not in spans:
+                    spans[id(s)] = span(s)
+                if 2 * spans[id(s)] < s.mean.numel():
+                    free.append(f"'{name}': {spans[id(s)]} of {s.mean.numel()}")
+        if free:
+            ctx.note(
+                f"interval penalty: the forget inputs of {len(free)} layers span less than half of their directions "
+                f"({free[0]}); drift along the others is free unless floor or retain_weight is set"
+            )
+
     def _layers(self, ctx: Context, space: OpenSpace) -> dict[str, nn.Module]:
         published = self.profile == "as_published"
-        found = find(ctx.model, self.targets, "as_published" if published else "as_intended")
+        found = find_in(ctx, self.targets, "as_published" if published else "as_intended")
         layers = {n: m for n, m in found.layers.items() if isinstance(m, SUPPORTED)}
         if not layers:
             raise RequestError(f"targets {list(self.targets)} select no Linear or Conv2d layer")
@@ -217,9 +242,11 @@ class IntervalProtection(Protection):
         if self.statistics is not None:
             return load(Path(self.statistics))
         settings = self.collect_settings(ctx.seed)
+        if self.draws > 1 and not ctx.task.counts_draws:
+            raise RequestError(f"'draws' would have no effect: the {ctx.task.name} task draws no times and noise")
 
         def passes(role: str) -> Callable[[], Iterable[Any]]:
-            return lambda: ctx.batches(role, self.batch_size)
+            return lambda: drawn_again(ctx, role, self.batch_size, self.draws)
 
         retain = passes("retain") if self.use_actual_bounds or self.retain_weight else None
         if self.profile == "as_published":
@@ -227,3 +254,10 @@ class IntervalProtection(Protection):
                 ctx.model, layers, ctx.task.predict, passes("forget"), settings, self.decomp_method, retain
             )
         return collect(ctx.model, layers, ctx.task.predict, passes("forget"), settings, retain)
+
+
+def drawn_again(ctx: Context, role: str, batch_size: int, draws: int) -> Iterator[Batch]:
+    """``draws`` passes over a role, each with other times and noise."""
+    for number in range(draws):
+        for batch in ctx.batches(role, batch_size):
+            yield replace(batch, key=rng.key(batch.key, "statistics", number)) if number else batch

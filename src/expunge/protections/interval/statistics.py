@@ -137,6 +137,24 @@ def decompose(cov: Tensor, reduced_dim: int, *, tolerance: float = 1e-7, drop_to
     return Directions(basis[:0] if drop_top else basis, sigma, residual, rank)
 
 
+def span(stats: Statistics, *, tolerance: float = 1e-6, up_to: int = 4096) -> int:
+    """Number of directions that the forget inputs have, the residual's included.
+
+    Args:
+        stats: Of one input.
+        tolerance: Standard deviations up to this fraction of the largest count as zero.
+        up_to: For wider inputs the answer is their width, since finding out would take too long.
+    """
+    d, known = stats.mean.numel(), stats.sigma.numel()
+    if stats.rank < known or known >= d or not stats.residual.numel():
+        return stats.rank
+    if d > up_to:
+        return d
+    values = torch.linalg.eigvalsh(stats.residual.double())
+    top = max(float(stats.sigma[0]) ** 2 if known else 0.0, float(values[-1]))
+    return stats.rank + int((values > tolerance**2 * top).sum())
+
+
 def box(z: Tensor, lower: float, upper: float, margin: float) -> Bounds:
     """Linear-interpolated quantiles per column of ``z [n, k]`` and the envelope ``margin`` beyond them."""
     if not z.shape[1]:
