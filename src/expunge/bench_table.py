@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from expunge.metrics.describe import definitions
+from expunge.metrics.describe import definitions, shown
 from expunge.report.model import clean
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ COLUMNS = (
     "gen_ua",
     "gen_ira",
     "gen_cra",
-    "kid",
-    "lpips",
+    "fid_real",
+    "kid_real",
     "clip_score",
     "ua",
     "ra",
@@ -44,8 +44,6 @@ COLUMNS = (
     "patch_bytes",
     "run_time",
 )
-#: The same for models that are judged by what they draw, and a score of classifiers: left out beside ``gen_ua``.
-_OF_CLASSIFIERS = ("ua", "ta", "aus")
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,10 @@ class Line:
         v = self.values.get(name, [])
         if not v:
             return "failed" if self.failed and not self.runs else "-"
-        shown = f"{mean(v):,.0f}" if name == "patch_bytes" else f"{mean(v):.2f}"
-        return shown + (f" ± {stdev(v):.2f}" if len(v) > 1 and name != "patch_bytes" else "")
+        if name == "patch_bytes":
+            return f"{mean(v):,.0f}"
+        digits = 4 if name == "kid_real" else 2
+        return f"{mean(v):.{digits}f}" + (f" ± {stdev(v):.{digits}f}" if len(v) > 1 else "")
 
 
 def lines(cells: Sequence[Cell]) -> list[Line]:
@@ -119,8 +119,7 @@ def lines(cells: Sequence[Cell]) -> list[Line]:
 
 def columns(rows: Sequence[Line]) -> list[str]:
     """Columns that any row has."""
-    found = [c for c in COLUMNS if any(c in r.values for r in rows)]
-    return [c for c in found if c not in _OF_CLASSIFIERS] if "gen_ua" in found else found
+    return shown(c for c in COLUMNS if any(c in r.values for r in rows))
 
 
 def headings(names: Sequence[str]) -> list[str]:

@@ -241,7 +241,8 @@ def _class_accuracy(task: Task, split: Split, models: Mapping[str, Measured | No
         if measured is None:
             continue
         shown: dict[str, Estimate] = {}
-        for role in ("test", "forget_test"):
+        drawn = "diffusion" in task.capabilities  # there images asked for what was forgotten are new ones, too
+        for role in ("test", "forget" if drawn else "forget_test"):
             if role in measured.outputs:
                 shown |= {names[c]: e for c, e in per_class_accuracy(measured.outputs[role]).items()}
         found[which] = {n: shown[n] for n in names if n in shown}
@@ -266,7 +267,7 @@ def _limits(class_wise: bool, has_reference: bool, n_forget: int, rows: Sequence
         limits.insert(0, "No model retrained without the data was at hand, so 'as if never seen' could not be checked.")
     if class_wise:
         limits.append("The test accuracy leaves the forgotten class out; its test images are a row of their own.")
-    if n_forget < 100:
+    if 0 < n_forget < 100:
         limits.append(f"The forget set has only {n_forget} samples; its figures have wide intervals.")
     return limits
 

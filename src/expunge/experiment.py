@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,8 +69,9 @@ def run(config: RunConfig, *, task: Task | None = None, progress: bool = False) 
         task: The task, if it is already built from this configuration.
         progress: Show progress bars.
     """
-    task = task if task is not None else make_task(config.task)
     request, recipe, folder = config.request.build(), config.build_recipe(), config.folder
+    files.check_writable(folder)
+    task = task if task is not None else make_task(config.task)
     if config.request.index_file is not None:
         check_index_file(config.request.index_file, task.training_digest())
     started_fresh = not (folder / PATCH).exists() and not (folder / CHECKPOINT).exists()
@@ -127,7 +129,7 @@ def _evaluated(
         seed=config.seed,
         progress=progress,
         config=resolved_yaml(config),
-        undo=undo_commands(config.task),
+        undo=undo_commands(config.task, folder),
         model_name=config.task.model.name,
         not_shown=not_shown,
     )
@@ -158,9 +160,10 @@ def save_report(report: reporting.Report, folder: Path) -> None:
     report.save_json(folder / REPORT_JSON)  # last: its presence says that the run is complete
 
 
-def undo_commands(task: AnyTaskConfig) -> list[str]:
-    """The commands that apply the patch to the weights file and take it off again."""
-    weights = Path(str(given)).name if (given := _weights(task)) else BASE
+def undo_commands(task: AnyTaskConfig, folder: Path) -> list[str]:
+    """The commands that apply the patch to the weights file and take it off again, given within the run's folder."""
+    given = _weights(task)
+    weights = os.path.relpath(given, folder) if given and Path(given).is_file() else given or BASE
     return [
         f"expunge apply {weights} {PATCH} -o forgotten.safetensors",
         f"expunge revert forgotten.safetensors -o {Path(weights).stem}.restored.safetensors",

@@ -53,6 +53,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be written to or made, before anything is computed; nothing is made.
+
+    Raises:
+        ResourceError: A file is in the way, or writing is not permitted.
+    """
+    at = Path(folder).absolute()
+    try:
+        while not at.exists():
+            at = at.parent
+        if not at.is_dir():
+            raise ResourceError(f"{folder}: {at} is a file, not a folder")
+        if not os.access(at, os.W_OK | os.X_OK):
+            raise ResourceError(f"{folder}: no permission to write in {at}")
+    except OSError as error:
+        raise ResourceError(f"{folder}: cannot be written to: {error.strerror}") from None
+
+
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write bytes (or text as UTF-8) so that ``path`` holds either the old or the complete new content."""
     with atomic_path(path) as temporary:

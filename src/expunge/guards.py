@@ -35,6 +35,18 @@ def check_capabilities(task: Task, split: Split, recipe: Recipe) -> None:
         )
 
 
+def check_rate(recipe: Recipe) -> None:
+    """Refuse a learning rate of 0, which is for controls: after hours of training nothing would have changed.
+
+    Raises:
+        NoEffectError: The rate is 0, and no statistics move either.
+    """
+    if recipe.objective is not None and recipe.optim.lr == 0 and recipe.optim.norm == "frozen":
+        raise NoEffectError(
+            f"{recipe.name} would change nothing: the learning rate is 0 (a control does that by itself)"
+        )
+
+
 def check_coupled(task: Task, recipe: Recipe, processes: int) -> None:
     """A loss that compares the samples of a batch is not computed piecewise.
 
@@ -208,9 +220,7 @@ def check_effect(changes: Mapping[str, Change], base: Mapping[str, Tensor], reci
     """
     facts = effect(changes, base)
     if facts["changed"] == 0:
-        if recipe.objective is not None and recipe.optim.lr == 0:
-            cause = "the learning rate is 0 (use the control run for that)"
-        elif changes:
+        if changes:
             cause = "every change is smaller than the weights' precision can hold; raise the learning rate or use "
             cause += "fp32 weights"
         else:
@@ -234,3 +244,16 @@ def check_outputs(ctx: Context, roles: Sequence[str], samples: int) -> None:
             f"after step {ctx.step} the weights are finite but the outputs on the {role} set are not. Use a smaller "
             "learning rate or fewer steps; the model is left as it was"
         )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not there, before anything is loaded.
+
+    Raises:
+        ConfigError: Its name is none of torch's, or this machine has no such device.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise ConfigError(f"device {name!r} is not available here ({reason}); take another, such as cpu") from None

@@ -21,6 +21,7 @@ from expunge.diffusion.asks import Ask, about, distinct, read_prompts
 from expunge.diffusion.image_folder import MANIFEST, recorded
 from expunge.errors import ConfigError, DataError, did_you_mean
 from expunge.files import sha256_file
+from expunge.guards import check_device
 from expunge.metrics.accuracy import per_class_accuracy
 from expunge.metrics.estimate import Estimate
 from expunge.metrics.generative import measure_generated
@@ -145,14 +146,13 @@ def _forgotten(forget: Sequence[str], classes: Mapping[str, Sequence[str]]) -> t
             raise ConfigError(f"what was to be forgotten is given as axis=name, such as object=ring, not {text!r}")
         axis = axis.strip()
         if axis not in classes:
-            raise ConfigError(
-                f"there is no axis {axis!r}{did_you_mean(axis, classes)}; there are: {', '.join(classes)}"
-            )
-        known = [plain(str(c)) for c in classes[axis]]
-        if plain(name) not in known:
-            raise ConfigError(f"the judge knows no {axis} '{name.strip()}'{did_you_mean(plain(name), known)}")
+            known = did_you_mean(axis, classes) if classes else ": there is no judge and the prompts have no labels"
+            raise ConfigError(f"there is no axis {axis!r}{known}")
+        names = [plain(str(c)) for c in classes[axis]]
+        if plain(name) not in names:
+            raise ConfigError(f"the judge knows no {axis} '{name.strip()}'{did_you_mean(plain(name), names)}")
         axes.append(axis)
-        numbers.append(known.index(plain(name)))
+        numbers.append(names.index(plain(name)))
     if len(set(axes)) > 1:
         raise ConfigError(f"what was to be forgotten is of one axis, not of {' and '.join(sorted(set(axes)))}")
     return axes[0] if axes else next(iter(classes), ""), tuple(dict.fromkeys(numbers))
@@ -184,10 +184,11 @@ def judge_folder(
         bar: Shows progress.
 
     Raises:
-        ConfigError: The judge does not fit.
+        ConfigError: The judge does not fit, or the device is not there.
         DataError: Images that are missing or cannot be read, with their names.
         ArtifactError: Weights that are missing or broken.
     """
+    check_device(device)
     asks, title = question.asks, Path(folder).name or str(folder)
     distinct(asks, question.source)
     where = {"judged": folder} | ({"original": original} if original is not None else {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -101,18 +102,16 @@ class Loop:
         saving: Saving,
         accelerator: Any,
         on_step: OnStep | None = None,
+        beside: Callable[[], Any] = nullcontext,
     ) -> None:
         self.ctx, self.objective, self.settings, self.space = ctx, objective, settings, space
         self.losses, self.penalties, self.tracker, self.saving = losses, penalties, tracker, saving
-        self.accelerator, self.on_step = accelerator, on_step
+        self.accelerator, self.on_step, self._beside = accelerator, on_step, beside
         self.optimizer = make_optimizer(settings, space.parameters)
         self.at = Position(micro_batch=settings.micro_batch)
         self.total = self._count()
         self.at_once = 0
         ctx.epochs = settings.epochs
-
-    def _steps(self, epoch: int) -> list[Step]:
-        return self.objective.steps(self.ctx, epoch)
 
     def _count(self) -> int:
         """Steps of the whole run; where ``max_steps`` ends it sooner, epochs after that are not looked at."""
@@ -120,7 +119,7 @@ class Loop:
         for epoch in range(self.settings.epochs):
             if most is not None and total >= most:
                 return most
-            total += len(self._steps(epoch))
+            total += len(self.objective.steps(self.ctx, epoch))
         return total
 
     def run(self, *, resume: bool) -> None:
@@ -144,7 +143,7 @@ class Loop:
         self._check_weights()
 
     def _run_epoch(self, epoch: int) -> bool:
-        ctx, steps = self.ctx, self._steps(epoch)
+        ctx, steps = self.ctx, self.objective.steps(self.ctx, epoch)
         ctx.epoch, ctx.steps_per_epoch = epoch, len(steps)
         start_of_pass, previous = 0, None
         for index, step in enumerate(steps):
@@ -158,7 +157,8 @@ class Loop:
                 group["lr"] = lr
             end = index + 1 == len(steps)
             row = {"step": self.at.step, "epoch": epoch, "end_of_epoch": end, "lr": lr, **self._take(step)}
-            row |= self.objective.measure(ctx, end)
+            with self._beside():
+                row |= self.objective.measure(ctx, end)
             ctx.history.append(row)
             self.tracker.row(row)
             self.at.step, self.at.index = self.at.step + 1, index + 1
@@ -340,8 +340,7 @@ class Loop:
         scaler.update()
         if scaler.get_scale() < before:
             self.at.skipped += 1
-            numbers["skipped"] = 1.0
-            numbers["grad_norm"] = -1.0
+            numbers |= {"skipped": 1.0, "grad_norm": -1.0}
             self.ctx.note("half precision skipped steps whose gradient overflowed; see 'skipped' in the log")
             if self.at.skipped > MAX_SKIPPED:
                 raise DivergedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,17 +10,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from expunge.errors import ConfigError, did_you_mean
 from expunge.registry import Info, Kind, registry
 
+#: How pydantic calls the branch of a union in the place of a problem.
+_BRANCH = re.compile(r"(literal|dict|list|tuple|union|function-\w+)\[")
+
 
 def explain(error: ValidationError, model: type[BaseModel] | None, where: str) -> str:
     """Turn pydantic's report into one line per problem, with the closest valid key for unknown ones."""
-    lines = []
+    lines: list[str] = []
+    either: dict[tuple[str, str], list[str]] = {}
     for problem in error.errors(include_url=False):
-        path = ".".join([where, *map(str, problem["loc"])] if where else list(map(str, problem["loc"])))
+        loc = [str(x) for x in problem["loc"] if not _BRANCH.match(str(x))]
+        path = ".".join([where, *loc] if where else loc)
         if problem["type"] == "extra_forbidden":
             fields = list(model.model_fields) if model is not None and len(problem["loc"]) == 1 else []
             lines.append(f"unknown key '{path}'{did_you_mean(str(problem['loc'][-1]), fields)}")
+        elif len(loc) < len(problem["loc"]):
+            either.setdefault((path, repr(problem.get("input"))), []).append(problem["msg"])
         else:
             lines.append(f"'{path}': {problem['msg']} (got {problem.get('input')!r})"[:400])
+    for (path, given), wanted in either.items():
+        lines.append(f"'{path}': {', or '.join(dict.fromkeys(wanted))} (got {given})"[:400])
     return "; ".join(lines)
 
 

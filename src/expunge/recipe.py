@@ -35,7 +35,7 @@ class Optim(Frozen):
         micro_batch: Cut every step into pieces of at most this many samples; same maths, less memory.
         norm: Normalisation layers keep their statistics (``frozen``) or update them (``train``).
         augment: Random crop and flip on training batches; or on the batches of the roles named (``[surrogate]``).
-        precision: ``fp32``, ``bf16`` or ``fp16`` autocast; weights stay in full precision.
+        precision: ``fp32``, ``bf16`` or ``fp16`` autocast; weights that are trained stay in full precision.
     """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -139,6 +139,18 @@ class Recipe(Frozen):
     def digest(self) -> str:
         """SHA-256 of :meth:`describe` without the name."""
         return json_digest({k: v for k, v in self.describe().items() if k != "name"})
+
+    @property
+    def full_precision(self) -> bool:
+        """Whether every weight is held in float32, or else only what is trained: the rest as it was loaded.
+
+        The first where arithmetic is (``optim.precision``), where everything changes, and where figures are taken
+        beside the steps: by protections, stop rules, edits that run the model.
+        """
+        part = self.edit or self.objective
+        assert part is not None
+        everything = self.from_scratch or self.optim.norm == "train" or bool(self.protections)
+        return self.optim.precision == "fp32" or everything or part.full_precision
 
     def needs(self) -> frozenset[str]:
         """Roles and capabilities that the parts need."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ def execute(
             if not len(patch) and not allow_no_effect:
                 raise NoEffectError(f"{folder} holds a finished run that changed nothing")
         else:
+            if not allow_no_effect:
+                guards.check_rate(recipe)
             ctx = Context(task, split, seed, augment=recipe.optim.augment, progress=progress)
             ctx.notes.extend(split.notes)
             saving = Saving(folder / CHECKPOINT if folder else None, checkpoint_every, json_digest(identity))
@@ -170,9 +172,8 @@ def _work(
     accelerator = make_accelerator(recipe.optim.precision)
     if accelerator.device.type != "cpu":
         model.to(accelerator.device)
-    for tensor in named_tensors(model)[0].values():
-        if tensor.dtype in (torch.float16, torch.bfloat16):  # small steps vanish in half precision: fp32 masters
-            tensor.data = tensor.data.float()
+    mixed = make_masters(ctx, recipe)
+    beside = accelerator.autocast if mixed else nullcontext  # what runs the model outside the steps
     buffers = {n: t for n, t in named_tensors(model)[0].items() if not isinstance(t, torch.nn.Parameter)}
     model.eval()
     roles = guards.roles_read(recipe)
@@ -185,11 +186,13 @@ def _work(
             guards.check_within(changes, space)
             return changes
         assert recipe.objective is not None
-        recipe.objective.prepare(ctx)
+        with beside():
+            recipe.objective.prepare(ctx)
         resume = saving.path is not None and saving.path.exists()
         if resume and saving.path is not None:  # long preparations of the killed run are not repeated
             ctx.state.update(checkpoint.objective_state(saving.path, saving.identity))
-        losses = recipe.objective.bind(ctx)
+        with beside():
+            losses = recipe.objective.bind(ctx)
         penalties = [p.bind(ctx, space) for p in recipe.protections]
         chosen = {id(p) for p in space.parameters.values()}
         for p in model.parameters():
@@ -202,11 +205,12 @@ def _work(
             reinitialise(model, ctx.key("init"))
         rng.seed_everything(ctx.seed)
         loop = Loop(
-            ctx, recipe.objective, recipe.optim, space, losses, penalties, tracker, saving, accelerator, on_step
+            ctx, recipe.objective, recipe.optim, space, losses, penalties, tracker, saving, accelerator, on_step, beside
         )
         loop.run(resume=resume)
         guards.check_masked(space)
-        guards.check_outputs(ctx, roles, min(64, loop.at_once) or 1)  # what fitted in a step fits here
+        with beside():
+            guards.check_outputs(ctx, roles, min(64, loop.at_once) or 1)  # what fitted in a step fits here
         changes = space.changes()
     finally:
         space.close()
@@ -214,6 +218,25 @@ def _work(
     free = set(buffers) if recipe.optim.norm == "train" else set()
     guards.check_outside(digests, base, named_tensors(model)[0], set(space.parameters) | free)
     return changes
+
+
+def make_masters(ctx: Context, recipe: Recipe) -> bool:
+    """Put weights that are stored in half precision into float32, where small steps do not vanish.
+
+    All of them; or, where the task knows that the results are the same, those that the space asks for.
+
+    Returns:
+        Whether some stay in half precision; the model then runs under autocast only.
+    """
+    tensors = named_tensors(ctx.model)[0].values()
+    half = [t for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
+    wanted = None if recipe.full_precision or not half else recipe.space.masters(ctx)
+    masters = None if wanted is None else ctx.task.masters(wanted.values())
+    stay = set() if masters is None else {id(p) for p in ctx.model.parameters()} - {id(p) for p in masters}
+    for tensor in half:
+        if id(tensor) not in stay:
+            tensor.data = tensor.data.float()
+    return any(id(t) in stay for t in half)
 
 
 def _buffer_changes(buffers: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Change]:
@@ -314,7 +337,18 @@ def run_folder(folder: Path | None, identity: dict[str, Any]) -> Iterator[Patch 
         elif is_main_process():
             atomic_write(known, json.dumps({"identity": identity, "versions": current_versions()}, indent=2))
         done = folder / PATCH
-        yield Patch.load(done) if done.exists() else None
+        try:
+            yield Patch.load(done) if done.exists() else None
+        except Exception:
+            if is_main_process() and not _begun(folder):  # nothing is lost when the corrected run takes the folder
+                known.unlink(missing_ok=True)
+            raise
+
+
+def _begun(folder: Path) -> bool:
+    """Whether a run left anything that another one must not take for its own."""
+    log = folder / LOG
+    return any((folder / n).exists() for n in (CHECKPOINT, PATCH)) or (log.exists() and log.stat().st_size > 0)
 
 
 def _read_identity(path: Path) -> Any:

@@ -146,13 +146,14 @@ def test_the_lr_0_control_with_frozen_statistics_is_empty(task):
 
 def test_a_learning_rate_of_0_is_named(task, tmp_path, monkeypatch):
     still = inject.recipe(optim={"lr": 0.0})
-    with pytest.raises(NoEffectError, match="fault changed nothing: the learning rate is 0") as caught:
+    with pytest.raises(NoEffectError, match="fault would change nothing: the learning rate is 0") as caught:
         unlearn(task, inject.REQUEST, still, run_dir=tmp_path)
     assert caught.value.exit_code == 5
-    assert not (tmp_path / "patch.safetensors").exists()
+    assert [f.name for f in tmp_path.iterdir()] == [".lock"]  # the folder is free for the corrected run
     unlearn(task, inject.REQUEST, still, run_dir=tmp_path, allow_no_effect=True)
     with pytest.raises(NoEffectError, match="finished run that changed nothing"):
         unlearn(task, inject.REQUEST, still, run_dir=tmp_path)
+    monkeypatch.setattr(guards, "check_rate", lambda *a: None)
     monkeypatch.setattr(guards, "check_effect", lambda *a: {"share": 1.0, "changed": 0.0})
     assert len(unlearn(task, inject.REQUEST, still)) == 0  # the mutation: a finished run, an empty patch
 

@@ -12,8 +12,9 @@ from expunge.cli import app
 from expunge.config import RunConfig, load_config
 from expunge.diffusion import erase as erasing
 from expunge.metrics.judge import canvas_judge
-from expunge.patch import Patch
+from expunge.patch import Dense, Manifest, Patch
 from expunge.report.model import Report
+from expunge.request import ForgetRequest
 from expunge.tasks.tiny_text_to_image import tiny_text_to_image
 
 CONFIG = Path(__file__).parents[2] / "configs/canvas_t2i_concepts_srs_me.yaml"
@@ -106,6 +107,11 @@ def test_earlier_concepts_are_protected(tiny):
     assert any("came later" in line for line in Report.load_json(tiny / "second/star/report.json").not_shown)
     again = erase(tiny, "ring", "--earlier", f"ring={patch}", "-o", tiny / "third")
     assert "an earlier patch of 'ring' already" in again.stderr
+    manifest = Manifest(base_digest="0", base_tensors={"w": "0"}, request=ForgetRequest.concept("ring").model_dump())
+    Patch({"w": Dense(torch.ones(1))}, manifest).save(tiny / "foreign.safetensors")
+    foreign = erase(tiny, "star", "--earlier", f"ring={tiny / 'foreign.safetensors'}", "-o", tiny / "fourth")
+    assert "the earlier patch of 'ring': the model has another architecture" in foreign.stderr
+    assert not (tiny / "fourth").exists()
 
 
 @pytest.mark.parametrize(

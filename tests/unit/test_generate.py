@@ -236,3 +236,17 @@ def test_facts_tell_models_and_samplers_apart(tiny) -> None:
     with torch.no_grad():
         next(task.unet.parameters()).view(-1)[0] += 1
     assert {k for k, v in drawing_facts(task).items() if v != facts[k]} == {"model"}
+
+
+def test_patches_and_folders_that_do_not_fit_are_refused_before_an_image(tmp_path: Path, tiny) -> None:
+    from expunge.patch import Dense, Manifest, Patch
+
+    file = tmp_path / "p.csv"
+    file.write_text("prompt\na star\n")
+    foreign = Patch({"w": Dense(torch.ones(1))}, Manifest(base_digest="0", base_tensors={"w": "0"}))
+    foreign.save(tmp_path / "other.safetensors")
+    words = ("tiny", "--prompts", file, "-o", tmp_path / "out", "--steps", 2, "--no-progress")
+    call(*words, "--patch", tmp_path / "other.safetensors", code=3)
+    assert "at least one image at a time" in call(*words, "--batch-size", 0, code=2)
+    assert "is not available here" in call(*words, "--device", "nonsense", code=2)
+    assert not (tmp_path / "out").exists()

@@ -167,11 +167,37 @@ def test_memory_follows_what_is_trained_and_how():
     assert adam.memory["optimiser"] == 2 * whole.memory["optimiser"]
     half = plan(base.replace(optim={"precision": "bf16"}), SMALL)
     assert half.memory["activations"] < 0.7 * whole.memory["activations"]
+    assert half.memory["weights, half precision"] == 2 * count(SMALL.build())
     four = plan(recipe("fine_tune", batch_size=4), SMALL)
     assert four.memory["activations"] == 4 * whole.memory["activations"]
     cut = plan(recipe("fine_tune", batch_size=4).replace(optim={"micro_batch": 1}), SMALL)
     assert cut.memory["activations"] == whole.memory["activations"]
     assert cut.flops == four.flops
+
+
+def test_pipelines_in_half_precision_are_float32_where_they_are_trained():
+    model = SMALL.build()
+    vectors = sum(p.numel() for p in model.unet.parameters() if p.ndim < 2)
+    keys = sum(p.numel() for p in key_value(model.unet).values())
+
+    def weights(name, stored=2, **changes):
+        settings = {"protected": 0} if name == "srs_me" else {}
+        made = recipe(name).replace(optim={"precision": "bf16"}, **changes)
+        found = plan(made, SMALL, stored=stored, **settings)
+        return found.memory["weights, float32"] // 4, found.memory.get("weights, half precision")
+
+    kv = {"space": {"kind": "unet_set", "parameters": "kv"}}
+    assert weights("srs_me") == (vectors, 2 * count(model))
+    assert weights("esd", **kv) == (keys + vectors, 2 * count(model))
+    assert weights("t2i_salun") == (count(model.unet), 2 * count(model))
+    assert weights("uce") == (keys + vectors, 2 * (count(model) - keys - vectors))
+    made = recipe("esd").replace(optim={"precision": "bf16"}, **kv)
+    hosts = [plan(made, SMALL, stored=2, on_cpu=on_cpu).host for on_cpu in (True, False)]
+    assert hosts[1] - hosts[0] == 2 * (count(model) - keys - vectors), "on the CPU what is frozen exists once"
+    assert weights("esd", stored=4, **kv) == (count(model), 2 * count(model))
+    whole = plan(recipe("esd").replace(**kv), SMALL, stored=2)
+    assert whole.memory["weights, float32"] == 4 * count(model)
+    assert any("every weight in float32" in n for n in whole.notes)
 
 
 def test_gradients_come_as_activations_go():

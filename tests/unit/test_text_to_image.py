@@ -238,7 +238,8 @@ def test_long_prompts_are_cut_with_a_warning(caplog):
         ids = task.text.token_ids(["a star " * 30, "a moon"])
         task.text.token_ids(["a star " * 30])
     assert ids.shape == (2, 16)
-    assert [r.message for r in caplog.records] == ["prompts are cut after 16 tokens, as this pipeline always does"]
+    (record,) = caplog.records
+    assert record.message.startswith("prompts are cut after 16 tokens, as this pipeline always does; first '")
     own = task.parts.tokenizer(["a star " * 30, "a moon"], padding="max_length", truncation=True, return_tensors="pt")
     assert torch.equal(ids, own.input_ids)
 

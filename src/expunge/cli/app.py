@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from expunge.errors import ExpungeError
+from expunge.errors import ExpungeError, ResourceError
 
 DEBUG = "EXPUNGE_DEBUG"
 
@@ -47,10 +47,16 @@ class _Group(TyperGroup):
                 raise
             complain(error)
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            complain("interrupted", "yellow", "note")
+            raise typer.Exit(130) from None
         except Exception as error:
             usage = hasattr(error, "exit_code") or isinstance(error, typer.Exit | typer.Abort)  # the framework's own
             if usage or isinstance(error, BrokenPipeError) or os.environ.get(DEBUG) == "1":
                 raise
+            if isinstance(error, OSError) and error.filename is not None and error.strerror:
+                complain(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")
+                raise typer.Exit(ResourceError.exit_code) from None
             complain(f"unexpected {type(error).__name__}: {error} (set {DEBUG}=1 for the traceback)")
             raise typer.Exit(1) from None
 

@@ -116,6 +116,9 @@ def parse_overrides(tokens: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     rest = iter(tokens)
     for token in rest:
         if not token.startswith("--"):
+            if re.match(r"-[A-Za-z]", token):
+                more = "; the folder is --output FOLDER here" if token.startswith("-o") else ""
+                raise ConfigError(f"{token!r}: an override is --dotted.key value{more}")
             words.append(token)
             continue
         key, equals, text = token[2:].partition("=")

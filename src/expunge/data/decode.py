@@ -46,7 +46,7 @@ def decode_image(
         DataError: Empty, truncated, unknown format, too large, animated, or of a kind the rules refuse.
         ConfigError: Another part of the program told Pillow to accept truncated files.
     """
-    from PIL import Image, ImageFile, ImageOps
+    from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ConfigError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so truncated images would pass; switch it off")
@@ -65,6 +65,8 @@ def decode_image(
             plain = _eight_bit(image, where, "RGB" if channels == 3 else "L")
     except (DataError, MemoryError):
         raise
+    except UnidentifiedImageError:
+        raise DataError(f"{where}: not a readable image: none of the formats {', '.join(FORMATS)}") from None
     except Exception as error:
         # Pillow's parsers raise many types on hostile input (OSError, SyntaxError, struct.error, bomb warnings ...).
         raise DataError(f"{where}: not a readable image: {type(error).__name__}: {error}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge import guards
 from expunge.context import Context
@@ -235,6 +235,11 @@ class ConceptShifts(Space):
     info = Info("The shifts of several concepts, each with its own basis.", PAPER, CODE, COMMIT, _NEEDS)
 
     each: dict[str, ConceptShift]
+
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """None: the model's own parameters never move."""
+        del ctx
+        return {}
 
     def open(self, ctx: Context) -> OpenSpace:
         """Find the directions of every concept, and attach zero shifts."""

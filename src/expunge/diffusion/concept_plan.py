@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expunge.context import Context
-from expunge.errors import ConfigError, RequestError
+from expunge.digest import named_tensors, state_digests
+from expunge.errors import ArtifactError, ConfigError, RequestError
 from expunge.patch import Patch
-from expunge.patch.apply import applied
+from expunge.patch.apply import applied, check_base
 from expunge.recipe import Recipe
 from expunge.request import ForgetRequest
 from expunge.restore import evaluating
@@ -95,6 +96,12 @@ def plan_concepts(
     repeated = [n for n in asked if n in before]
     if repeated:
         raise RequestError(f"there is an earlier patch of '{repeated[0]}' already")
+    digests = state_digests(named_tensors(task.model)[0]) if before else {}
+    for name, patch in before.items():
+        try:
+            check_base(digests, patch)
+        except ArtifactError as error:
+            raise ArtifactError(f"the earlier patch of '{name}': {error}") from None
     requests = {n: ForgetRequest(**p.manifest.request) for n, p in before.items()} | asked
     wordings_of = {n: task.concept_prompts(task.split(r)) for n, r in requests.items()}
     prompts = {n: [t.replace("{}", plain(n, lower=False)) for t in templates] or p for n, p in wordings_of.items()}

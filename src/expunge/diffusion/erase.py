@@ -78,6 +78,7 @@ def erase(
     if not isinstance(task, TextToImageTask):
         raise ConfigError(f"concepts are erased from text-to-image pipelines, not from the {task.name} task")
     top, recipe = folder or config.folder, config.build_recipe()
+    files.check_writable(top)
     plan = plan_concepts(task, concepts, recipe, earlier=earlier, wordings=wordings)
     planned(rooms(task, plan))
     patches = erase_concepts(

@@ -101,13 +101,15 @@ class Latents:
 
 def encode(vae: Any, x: Tensor) -> Tensor:
     """Scaled latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [0, 1]."""
-    found: Tensor = vae.encode(2 * x.to(vae.dtype) - 1).latent_dist.mode() * vae.config.scaling_factor
+    with torch.autocast(x.device.type, enabled=False):  # in half precision that of XL overflows
+        found: Tensor = vae.encode(2 * x.to(vae.dtype) - 1).latent_dist.mode() * vae.config.scaling_factor
     return found
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images ``[B, 3, H, W]`` in [0, 1] of scaled latents."""
-    x: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    with torch.autocast(latents.device.type, enabled=False):
+        x: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
     return (x / 2 + 0.5).clamp(0, 1)
 
 

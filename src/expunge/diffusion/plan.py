@@ -160,8 +160,15 @@ def plan(
     before, remark = before_the_first_step(recipe)
     notes += [remark] if remark else []
     saved = round(at_once * single.saved * passes.graded)
-    memory = _memory(recipe, model, trained, changed, saved, pieces=at_once < samples, on_cpu=on_cpu)
-    host = 4 * shape.autoencoder + (0 if on_cpu and stored == 4 else stored * count(model))
+    masters = count(model)
+    if stored < 4 and not recipe.full_precision:
+        masters = sum(p.numel() for p in model.masters(_wanted(recipe, model, targets)))
+        notes.append("the pipeline is in half precision: float32 only where it is trained, and the U-Net's vectors")
+    elif stored < 4:
+        notes.append("the pipeline is in half precision, but this recipe holds every weight in float32")
+    memory = _memory(recipe, model, trained, changed, saved, masters, pieces=at_once < samples, on_cpu=on_cpu)
+    originals = count(model) if not on_cpu else masters if stored < 4 else 0
+    host = 4 * shape.autoencoder + stored * originals
     if recipe.edit is not None:
         notes.append("an edit in one go; passes over data that it makes are not counted")
         steps = 0
@@ -297,6 +304,14 @@ def _targets(recipe: Recipe, model: TextToImage) -> tuple[dict[str, nn.Parameter
     raise CapabilityError(f"how large the space '{kind}' is cannot be told without weights")
 
 
+def _wanted(recipe: Recipe, model: TextToImage, targets: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    """What the space holds in float32: nothing of a shift; where a mask is computed, the whole U-Net."""
+    if recipe.space.part_name == "concept_shift":
+        return []
+    computed = "mask" in recipe.space.part_name and getattr(recipe.space, "file", None) is None
+    return [*targets.values(), *(model.unet.parameters() if computed else ())]
+
+
 def _protected(recipe: Recipe, given: int | None) -> int:
     if given is not None:
         return given
@@ -320,9 +335,19 @@ def _steps(recipe: Recipe, sizes: Mapping[str, int]) -> tuple[int, int, int]:
 
 
 def _memory(
-    recipe: Recipe, model: nn.Module, trained: int, changed: int, saved: int, *, pieces: bool, on_cpu: bool
+    recipe: Recipe,
+    model: nn.Module,
+    trained: int,
+    changed: int,
+    saved: int,
+    masters: int,
+    *,
+    pieces: bool,
+    on_cpu: bool,
 ) -> dict[str, int]:
-    memory = {"weights, float32": 4 * count(model)}
+    memory, half = {"weights, float32": 4 * masters}, "weights, half precision"
+    if masters < count(model):
+        memory[half] = 2 * (count(model) - masters)
     if recipe.edit is not None:
         return memory
     optim, own, kind = recipe.optim, recipe.objective, recipe.space.part_name
@@ -333,7 +358,7 @@ def _memory(
     if "mask" in kind:
         memory["mask"] = trained
     if _BYTES[optim.precision] < 4:
-        memory["weights, half precision"] = 2 * count(model)
+        memory[half] = 2 * count(model)  # those that stay as loaded, and what autocast makes of the others
     if pieces:
         memory["gradients of earlier pieces"] = 4 * trained
     else:

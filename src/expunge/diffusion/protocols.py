@@ -126,6 +126,17 @@ class Protocol:
     own_seeds: bool = True
 
 
+#: Choices that belong to some lists only, and what the command line calls them.
+_OPTIONS = {
+    "names": "--names",
+    "templates": "--template",
+    "axis": "--axis",
+    "source": "--from",
+    "categories": "--category",
+    "nudity": "--min-nudity",
+}
+
+
 def prompt_list(name: str, choices: Choices | None = None) -> PromptList:
     """A prompt list.
 
@@ -136,12 +147,12 @@ def prompt_list(name: str, choices: Choices | None = None) -> PromptList:
     if name not in PROTOCOLS:
         raise ConfigError(f"no prompt list is called {name!r}{did_you_mean(name, PROTOCOLS)}")
     protocol, chosen = PROTOCOLS[name], choices or Choices()
-    for choice in ("names", "templates", "axis", "source", "categories", "nudity"):
+    for choice, option in _OPTIONS.items():
         given = getattr(chosen, choice) not in (None, ())
         if given and choice not in protocol.takes:
             raise ConfigError(f"'{choice}' would have no effect for the prompt list '{name}'")
         if not given and choice in protocol.needs:
-            raise ConfigError(f"the prompt list '{name}' needs '{choice}'")
+            raise ConfigError(f"the prompt list '{name}' needs '{choice}' ({option})")
     if chosen.seeds is not None and not protocol.own_seeds:
         raise ConfigError(f"'seeds' would have no effect for '{name}': its file has them")
     if chosen.quick and not protocol.quick:
@@ -149,8 +160,10 @@ def prompt_list(name: str, choices: Choices | None = None) -> PromptList:
     if chosen.quick and chosen.seeds is not None:
         raise ConfigError("'quick' has seeds of its own; give one of the two")
     twice = isinstance(chosen.seeds, tuple) and (not chosen.seeds or len(set(chosen.seeds)) < len(chosen.seeds))
-    if twice or any(isinstance(n, int) and n < 1 for n in (chosen.seeds, chosen.images)):
-        raise ConfigError(f"seeds {chosen.seeds}, images {chosen.images}: distinct seeds and at least one of each")
+    if twice or (isinstance(chosen.seeds, int) and chosen.seeds < 1):
+        raise ConfigError(f"seeds {chosen.seeds}: distinct seeds, or a number of them of at least 1")
+    if chosen.images is not None and chosen.images < 1:
+        raise ConfigError(f"images {chosen.images}: every prompt stands for at least one")
     made = protocol.make(chosen)
     distinct(made.asks, f"prompt list '{name}'")
     return made

@@ -153,7 +153,8 @@ def shape_of(name: str) -> Shape:
     found = [folder / part / "config.json" for part in ("unet", "text_encoder", "text_encoder_2")]
     if not all(f.is_file() for f in found[:2]):
         raise ArtifactError(
-            f"'{name}' is no folder of a pipeline and its shape is not known; known are {', '.join([*SHAPES, *KNOWN])}"
+            f"'{name}' is no folder of a pipeline and its shape is not known; name one that has it by "
+            f"--task.model.name: {', '.join([*SHAPES, *KNOWN])}"
         )
     unet, *text = [_read(f) for f in found if f.is_file()]
     vae = folder / "vae" / "config.json"

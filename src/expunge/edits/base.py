@@ -16,6 +16,8 @@ class Edit(Part):
     """Settings of a one-shot edit."""
 
     kind_of_part: ClassVar[Kind] = "edit"
+    #: Whether it runs the model or takes its gradients, for which every weight is held in float32.
+    full_precision: ClassVar[bool] = True
 
     @abstractmethod
     def compute(self, ctx: Context, space: OpenSpace) -> dict[str, Change]:

@@ -128,6 +128,11 @@ class AblatingConcepts(Objective):
                 raise ValueError(f"'exclude_similar_to': there is no file {self.exclude_similar_to}")
         return self
 
+    @property
+    def full_precision(self) -> bool:
+        """To tell similar anchors from others."""
+        return super().full_precision or bool(self.exclude_similar_to)
+
     def bind(self, ctx: Context) -> LossFn:
         """Name the concept and return the loss function.
 

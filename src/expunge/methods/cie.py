@@ -61,11 +61,15 @@ class CrossAttention(Space):
 
     accumulate: bool = False
 
-    def open(self, ctx: Context) -> OpenSpace:
-        """Open on these tensors."""
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """These tensors."""
         unet: nn.Module = text_task(ctx.task, "the space 'cross_attention'").unet
         prefix = prefix_of(ctx.model, unet)
-        return _Attention({prefix + n: p for n, p in cross_attention(unet).items()}, self.accumulate)
+        return {prefix + n: p for n, p in cross_attention(unet).items()}
+
+    def open(self, ctx: Context) -> OpenSpace:
+        """Open on these tensors."""
+        return _Attention(self.masters(ctx), self.accumulate)
 
 
 @method(

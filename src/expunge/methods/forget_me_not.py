@@ -118,6 +118,11 @@ class ForgetMeNot(Objective):
             raise ValueError("with 'inversion' the prompt is 'inversion.template'; 'prompt' is for 'words'")
         return self
 
+    @property
+    def full_precision(self) -> bool:
+        """For textual inversion, whose gradients are not scaled, and to measure small drifts."""
+        return super().full_precision or self.inversion is not None or self.max_drift is not None
+
     def bind(self, ctx: Context) -> LossFn:
         """Find the tokens, or learn them, and return the loss function.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -66,6 +66,7 @@ class UCE(Edit):
         lamb: ``lambda``.
     """
 
+    full_precision: ClassVar[bool] = False
     concepts: tuple[str, ...] = ()
     guides: tuple[str, ...] = Field(default=("",), min_length=1)
     texts: Literal["names", "prompts"] = "names"

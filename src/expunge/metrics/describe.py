@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,15 @@ ARROWS: dict[str, str] = {
     "lower": "lower is better",
     "reference": "closer to the retrained model is better",
 }
+
+#: Figures of classifiers that the judge's own stand for, where images are drawn and judged.
+_OF_CLASSIFIERS = frozenset({"ua", "ta", "aus"})
+
+
+def shown(names: Iterable[str]) -> list[str]:
+    """Of measured figures those that a table has, in order: each thing once."""
+    found = list(names)
+    return [n for n in found if n not in _OF_CLASSIFIERS] if "gen_ua" in found else found
 
 
 @dataclass(frozen=True)

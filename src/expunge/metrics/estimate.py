@@ -105,6 +105,8 @@ class Estimate:
 def _number(x: float) -> str:
     if x != 0 and abs(x) < 0.01:
         return f"{x:.2g}"
+    if abs(x) >= 10_000:
+        return f"{x:,.0f}"
     return f"{x:.1f}" if abs(x) >= 1 or x == 0 else f"{x:.3f}"
 
 

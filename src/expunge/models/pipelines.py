@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,24 @@ class TextToImage(nn.Module):
         self.unet, self.text_encoder = unet, text_encoder
         if text_encoder_2 is not None:
             self.text_encoder_2 = text_encoder_2
+
+    def masters(self, wanted: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """What has to be float32 for training in half precision to be the same as with all weights in float32.
+
+        Autocast rounds the matrices and kernels of the U-Net at every use, so those that are not trained may as well
+        stay rounded. Its vectors (of norms, and biases: a thousandth of it) may not: norms would take their statistics
+        in half precision. A text encoder of which something is trained is taken as a whole, for its tables' sake;
+        the others run in the precision in which they were loaded.
+
+        Args:
+            wanted: Parameters that are trained, or are to be float32 for another reason.
+        """
+        own, found = {id(p) for p in wanted}, []
+        for part in self.children():
+            vectors = part is self.unet
+            whole = not vectors and any(id(p) in own for p in part.parameters())
+            found += [p for p in part.parameters() if whole or id(p) in own or (vectors and p.ndim < 2)]
+        return found
 
 
 @dataclass(frozen=True, eq=False)

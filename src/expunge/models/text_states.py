@@ -73,7 +73,8 @@ class TextStates:
             first = found["overflow_to_sample_mapping"]
             ids = ids[[int((first == i).nonzero()[0]) for i in range(len(prompts))]]
             if not self._warned:
-                _log.warning("prompts are cut after %d tokens, as this pipeline always does", length)
+                long = prompts[int(first[1:][first[1:] == first[:-1]][0])]
+                _log.warning("prompts are cut after %d tokens, as this pipeline always does; first '%s'", length, long)
                 self._warned = True
         return ids
 
@@ -96,7 +97,7 @@ class TextStates:
         new = [p for p in dict.fromkeys(prompts) if p not in self._known]
         if new:
             encoders = self._as_loaded()
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
                 self._known |= {p: self._encoded([p], encoders)[0] for p in new}
         return torch.stack([self._known[p] for p in prompts])
 

@@ -49,6 +49,11 @@ class Objective(Part):
     schedule: Schedule
     until: StopBelow | None = None
 
+    @property
+    def full_precision(self) -> bool:
+        """Whether it takes figures or gradients outside the steps that need every weight in float32."""
+        return self.until is not None
+
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = handler(self)

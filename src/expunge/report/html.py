@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from expunge.metrics.describe import ARROWS
+from expunge.metrics.describe import ARROWS, shown
 from expunge.metrics.estimate import Estimate
 from expunge.report.contrastive_plots import figures
 from expunge.report.model import Report, clean
@@ -44,7 +44,7 @@ def render(report: Report) -> str:
             "cells": [_cell(row.metrics.get(name)) for row in rows],
             "missing": sum(name in row.metrics and not row.metrics[name].ran for row in rows),
         }
-        for name in report.metric_names()
+        for name in shown(report.metric_names())
     ]
     layers = sorted(report.patch.get("layers", []), key=lambda x: -x["changed"])
     return _template().render(

@@ -15,7 +15,7 @@ import numpy as np
 
 from expunge.errors import ArtifactError, ConfigError, DataError
 from expunge.files import atomic_write
-from expunge.metrics.describe import definitions
+from expunge.metrics.describe import definitions, shown
 from expunge.metrics.estimate import Estimate
 from expunge.report.contrastive import ContrastiveSection
 from expunge.report.embeddings import EmbeddingSection
@@ -264,7 +264,7 @@ class Report:
         rows = self.ordered()
         for row in rows:
             table.add_column(Text(f"{clean(row.name, 60)} ({row.role})"), justify="right")
-        names = self.metric_names()
+        names = shown(self.metric_names())
         for name in (n for n in names if n not in _PAGE_ONLY):
             label = self.definitions.get(name, {}).get("label", name)
             cells = [Text(clean(row.metrics[name], 120)) if name in row.metrics else Text("-") for row in rows]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.files import atomic_write, confined
+from expunge.metrics.describe import shown
 from expunge.report.embedding_plots import tsne, wasserstein
 from expunge.report.model import Report, clean
 from expunge.report.svg import make_figure, style, to_svg
@@ -28,13 +29,13 @@ COLOURS = {
 }
 MARKERS = {"before": "o", "after": "D", "reference": "s", "control": "^", "baseline": "v"}
 _GROUPS = {"forget": "forgotten", "test": "new", "retain": "kept"}
-_GLANCE = ("ua", "ra", "ta", "mia")
+_GLANCE = ("ua", "ra", "ta", "gen_ua", "gen_ira", "gen_cra", "mia")
 
 
 def glance(report: Report) -> str | None:
     """Dots with intervals: the main figures of every model, one panel per metric."""
-    rows = report.ordered()
-    names = [m for m in _GLANCE if sum(r.metrics[m].ran for r in rows if m in r.metrics) >= 2]
+    rows, once = report.ordered(), shown(report.metric_names())
+    names = [m for m in _GLANCE if m in once and sum(r.metrics[m].ran for r in rows if m in r.metrics) >= 2]
     if not names:
         return None
     with style("glance"):
@@ -119,8 +120,8 @@ def confidence(report: Report) -> str | None:
         figure = make_figure(9.4, 3.3)
         panels = figure.subplots(1, len(times), sharey=True, squeeze=False)[0]
         for axis, when in zip(panels, times, strict=True):
-            shown = [(r, t, report.confidence.get(f"{r}_{when}")) for r, t in _GROUPS.items()]
-            groups = [(r, t, h) for r, t, h in shown if h is not None and h.total]
+            histograms = [(r, t, report.confidence.get(f"{r}_{when}")) for r, t in _GROUPS.items()]
+            groups = [(r, t, h) for r, t, h in histograms if h is not None and h.total]
             for i, (role, text, histogram) in enumerate(groups):
                 width = 0.8 / len(groups)
                 places = [x - 0.4 + (i + 0.5) * width for x in range(len(histogram.counts))]

@@ -46,8 +46,8 @@ def percent(value: float) -> str:
     >>> percent(99.97), percent(0.004), percent(100)
     ('99.97 %', '<0.01 %', '100 %')
     """
-    if value in (0, 100):
-        return f"{value:.0f} %"
+    if min(abs(value), abs(value - 100)) < 1e-9:  # what sums of fractions leave of a bound
+        return f"{round(value)} %"
     if value < 0.01:
         return "<0.01 %"
     if value > 99.99:
@@ -65,6 +65,8 @@ def headline(report: Report) -> str:
     """Two or three sentences with the main figures."""
     noun = str(report.request.get("noun", "samples"))
     before, after, reference = (_value(report, r, "ua") for r in ("before", "after", "reference"))
+    if _value(report, "after", "gen_ua") is not None:
+        return _drawn(report, checked=after is None or reference is not None)
     parts = []
     if after is not None and after.value is not None:
         now = f"recognises {percent(100 - after.value)} of the {after.n:,} {noun} it was asked to forget"
@@ -83,6 +85,18 @@ def headline(report: Report) -> str:
         return report.samples.about
     if not parts:
         return "The figures below compare the model before and after the change."
+    return " ".join(parts)
+
+
+def _drawn(report: Report, checked: bool) -> str:
+    """The main figures of images that a judge has seen; ``checked`` unless a retrained model is missing."""
+    parts = [report.samples.about] if report.samples is not None and report.samples.about else []
+    old, new = (_value(report, r, "gen_ira") for r in ("before", "after"))
+    if new is not None and new.value is not None:
+        was = f" (before: {percent(old.value)})" if old is not None and old.value is not None else ""
+        parts.append(f"Of images asked for others of its kind it recognises {percent(new.value)}{was}.")
+    if not checked:
+        parts.append("No retrained model was measured, so it is open how much of this is expected.")
     return " ".join(parts)
 
 

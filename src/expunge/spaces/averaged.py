@@ -72,6 +72,10 @@ class AveragedWeights(Space):
     targets: tuple[str, ...] = Field(default=("*",), min_length=1)
     decay: float = Field(default=0.9999, ge=0, lt=1)
 
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """The selected parameters."""
+        return select_parameters(ctx.model, self.targets)
+
     def open(self, ctx: Context) -> OpenSpace:
         """Open on the parameters, the average starting at their present values."""
-        return AveragedSpace(select_parameters(ctx.model, self.targets), self.decay)
+        return AveragedSpace(self.masters(ctx), self.decay)

@@ -83,6 +83,17 @@ class Space(Part):
 
     kind_of_part: ClassVar[Kind] = "space"
 
+    def masters(self, ctx: Context) -> Mapping[str, nn.Parameter] | None:
+        """The model's own parameters that this space needs in float32 where a run computes in half precision.
+
+        Those that it moves, and those that :meth:`open` takes figures of. ``None`` (not known) means all.
+
+        Raises:
+            RequestError: A selector matches nothing.
+        """
+        del ctx
+        return None
+
     @abstractmethod
     def open(self, ctx: Context) -> OpenSpace:
         """Attach to the model of the context.

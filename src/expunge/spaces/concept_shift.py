@@ -28,7 +28,7 @@ from expunge.diffusion.selection import key_value
 from expunge.diffusion.shift import Attached, Form, Shift, invariance
 from expunge.errors import RequestError
 from expunge.part import part
-from expunge.patch.changes import Change
+from expunge.patch.changes import Change, accumulate_dtype
 from expunge.registry import Info
 from expunge.spaces.base import OpenSpace, Space
 from expunge.tasks.base import Task
@@ -144,12 +144,13 @@ class OpenShift(OpenSpace):
         """Changes of keys and values; what they do to protected prompts goes into the findings."""
         changes = {self._prefix + n: c for n, c in self.shift.changes(self._settings.form).items()}
         if changes:
-            merged = merge(self.base, {0: {n: c.dense() for n, c in changes.items()}}, [0])
+            base = {n: self.base[n].to(accumulate_dtype(self.base[n].dtype)) for n in changes}
+            merged = merge(base, {0: {n: c.dense() for n, c in changes.items()}}, [0])
             facts = self._ctx.findings.setdefault(FINDINGS, {})
             for key, states in self._looked.items():
                 if not states:
                     continue
-                found = invariance(self.base, {n: merged[n] for n in changes}, states)
+                found = invariance(base, merged, states)
                 prompt, worst = max(found.items(), key=lambda item: item[1].relative)
                 facts[key] = {"relative": worst.relative, "prompt": prompt, "tensor": worst.tensor}
         return changes
@@ -252,6 +253,11 @@ class ConceptShift(Space):
         if self.others_tolerance is None:
             return tuple(dict.fromkeys([*given, *others])), ()
         return tuple(dict.fromkeys(given)), tuple(dict.fromkeys(others))
+
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """None: the model's own parameters never move."""
+        del ctx
+        return {}
 
     def open(self, ctx: Context) -> OpenSpace:
         """:meth:`plan`, and run the shift beside the U-Net."""

@@ -105,6 +105,12 @@ class DenoisingMask(SaliencyMask):
             raise ValueError("'parameters' names a set of the U-Net and 'targets' patterns: give one of them")
         return self
 
+    def selected(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """Parameters that are ranked."""
+        if self.parameters is None:
+            return editable(ctx, self.targets)
+        return unet_parameters(ctx.model, diffusion_task(ctx, self.part_name).unet, self.parameters)
+
     def open(self, ctx: Context) -> OpenSpace:
         """Compute (or load) the mask and open on the selected parameters.
 
@@ -113,10 +119,7 @@ class DenoisingMask(SaliencyMask):
             RequestError: The selection fits nothing.
         """
         task = diffusion_task(ctx, self.part_name)
-        if self.parameters is None:
-            parameters = editable(ctx, self.targets)
-        else:
-            parameters = unet_parameters(ctx.model, task.unet, self.parameters)
+        parameters = self.selected(ctx)
         base = combine(state_digests(parameters))
         forget = tensor_digest(ctx.split["forget"])
         if self.file is None:

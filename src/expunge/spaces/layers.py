@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pydantic import Field
+from torch import nn
 
 from expunge.context import Context
 from expunge.part import part
@@ -29,6 +30,10 @@ class Layers(Space):
 
     targets: tuple[str, ...] = Field(min_length=1)
 
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """The matching parameters."""
+        return select_parameters(ctx.model, self.targets)
+
     def open(self, ctx: Context) -> OpenSpace:
         """Open on the matching parameters."""
-        return DirectSpace(select_parameters(ctx.model, self.targets))
+        return DirectSpace(self.masters(ctx))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
+from torch import nn
 
 from expunge.context import Context
 from expunge.errors import RequestError
@@ -34,12 +35,16 @@ class MatchedLayers(Space):
     targets: tuple[str, ...] = Field(min_length=1)
     rule: Literal["as_intended", "as_published"] = "as_intended"
 
-    def open(self, ctx: Context) -> OpenSpace:
-        """Open on the parameters of the selected modules."""
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """The parameters of the selected modules."""
         from expunge.protections.interval.match import find_in
 
         layers = find_in(ctx, self.targets, self.rule).layers
         patterns = [f"{name}.*" if name else "*" for name, m in layers.items() if any(True for _ in m.parameters())]
         if not patterns:
             raise RequestError(f"no module with weights matches {list(self.targets)}")
-        return DirectSpace(select_parameters(ctx.model, patterns))
+        return select_parameters(ctx.model, patterns)
+
+    def open(self, ctx: Context) -> OpenSpace:
+        """Open on the parameters of the selected modules."""
+        return DirectSpace(self.masters(ctx))

@@ -102,6 +102,10 @@ class Proximal(Space):
     steps_per_epoch: int | None = Field(default=None, ge=1)
     targets: tuple[str, ...] = ("*",)
 
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """The selected parameters."""
+        return select_parameters(ctx.model, self.targets)
+
     def open(self, ctx: Context) -> OpenSpace:
         """Open on the selected parameters."""
-        return _Proximal(ctx, select_parameters(ctx.model, self.targets), self.keep, self)
+        return _Proximal(ctx, self.masters(ctx), self.keep, self)

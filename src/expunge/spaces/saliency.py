@@ -113,9 +113,21 @@ class SaliencyMask(Space):
     batch_size: int = Field(default=256, ge=1)
     file: str | None = None
 
+    def selected(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """Parameters that are ranked."""
+        return editable(ctx, self.targets)
+
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """The ranked parameters; where scores are computed, in float32, the network that predicts as a whole."""
+        found = self.selected(ctx)
+        if self.file is None or self.residual:
+            network = {id(p) for p in getattr(ctx.task, "unet", ctx.model).parameters()}
+            found = {n: p for n, p in ctx.model.named_parameters() if id(p) in network} | found
+        return found
+
     def open(self, ctx: Context) -> OpenSpace:
         """Compute (or load) the mask and open on the selected parameters."""
-        parameters = editable(ctx, self.targets)
+        parameters = self.selected(ctx)
         base = combine(state_digests(parameters))
         forget = tensor_digest(ctx.split["forget"])
         last: dict[str, Tensor] = {}

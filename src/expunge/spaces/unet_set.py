@@ -90,8 +90,8 @@ class UNetSet(Space):
             raise ValueError(str(error)) from None
         return value
 
-    def open(self, ctx: Context) -> OpenSpace:
-        """Open on the set.
+    def masters(self, ctx: Context) -> dict[str, nn.Parameter]:
+        """The set.
 
         Raises:
             CapabilityError: The task has no U-Net.
@@ -100,4 +100,8 @@ class UNetSet(Space):
         unet = getattr(ctx.task, "unet", None)
         if not isinstance(unet, nn.Module):
             raise CapabilityError(f"the space 'unet_set' needs a U-Net; the {ctx.task.name} task has none")
-        return DirectSpace(unet_parameters(ctx.model, unet, self.parameters, sdxl=self.sdxl))
+        return unet_parameters(ctx.model, unet, self.parameters, sdxl=self.sdxl)
+
+    def open(self, ctx: Context) -> OpenSpace:
+        """Open on the set."""
+        return DirectSpace(self.masters(ctx))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -208,6 +208,18 @@ class Task(ABC):
     ) -> None:
         """Add what this family has to show to a report."""
         del report, split, before, after, patch
+
+    def masters(self, wanted: Iterable[nn.Parameter]) -> list[nn.Parameter] | None:
+        """Parameters to hold in float32 while others stay in half precision and the model computes in it.
+
+        Args:
+            wanted: Those that a space asks for.
+
+        Returns:
+            These and what else is needed for the same results; ``None`` means all.
+        """
+        del wanted
+        return None
 
     def require(self, needs: frozenset[str], who: str) -> None:
         """Refuse a method whose needs the task cannot meet.

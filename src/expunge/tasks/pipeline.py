@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge import rng
 from expunge.diffusion.asks import Ask, first_noise
@@ -18,7 +18,7 @@ from expunge.diffusion.recompute import recomputing
 from expunge.diffusion.sample import fresh, guided
 from expunge.digest import model_digest
 from expunge.errors import ConfigError, RequestError
-from expunge.models.pipelines import Parts
+from expunge.models.pipelines import Parts, TextToImage
 from expunge.models.text_states import TextStates
 from expunge.restore import evaluating
 from expunge.tasks.base import Batch
@@ -49,13 +49,18 @@ class PipelineTask(DiffusionTask):
     gradient_checkpointing: bool = False
 
     def __init__(self, parts: Parts, steps: int, guidance: float, side: int | None, sample_batch: int) -> None:
-        self.parts, self.model, self.unet = parts, parts.model(), parts.unet
+        self.parts, self.unet = parts, parts.unet
+        self.model: TextToImage = parts.model()
         self.process = Process(parts.scheduler)
         self.text = TextStates(parts)
         self.steps, self.guidance, self.sample_batch = steps, guidance, sample_batch
         self.side = side or parts.side
         if self.side % parts.factor:
             raise ConfigError(f"task.side is {self.side}; this pipeline needs a multiple of {parts.factor}")
+
+    def masters(self, wanted: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """See :meth:`~expunge.models.pipelines.TextToImage.masters`."""
+        return self.model.masters(wanted)
 
     def conditions(self, prompts: Sequence[str]) -> Tensor:
         """What :meth:`eps` takes for prompts, ``[B, T, D]``; for XL with one more row, the pooled text."""
@@ -77,6 +82,8 @@ class PipelineTask(DiffusionTask):
             condition: Of :meth:`conditions`; for all but XL that is the same as :meth:`states`.
         """
         dtype = self._dtype()
+        if torch.is_autocast_enabled(x_t.device.type):  # layers round what they read; gradients are summed unrounded
+            dtype = torch.promote_types(dtype, torch.float32)
         states, pooled = self.text.unpack(condition.to(x_t.device, dtype))
         options: dict[str, Any] = {}
         if pooled is not None:

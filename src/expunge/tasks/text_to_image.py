@@ -226,7 +226,8 @@ class TextToImageTask(DrawingTask):
             words = plain(request.what.text, lower=False) if isinstance(request.what, Concept) else ""
             if not gone and not words:
                 raise RequestError("without images a request names a class or a concept in words")
-            found = PromptSplit({"forget": _NONE, "retain": _NONE}, removed=tuple(sorted(gone)), concept=words)
+            unknown = () if gone else (f"'{words}' is none of the task's classes: {', '.join(self.classes)}",)
+            found = PromptSplit({"forget": _NONE, "retain": _NONE}, unknown, tuple(sorted(gone)), words)
         return found.with_indices(**{CONCEPT: torch.arange(self.virtual)})
 
     def everything(self) -> Split:
@@ -254,7 +255,7 @@ class TextToImageTask(DrawingTask):
         return self._latents[images.digest]
 
     def load(self, role: str, ids: Tensor, split: Split, *, augment: int | None = None) -> CaptionedBatch:
-        """Latents ``[B, C, h, w]`` in the U-Net's precision, with class numbers and captions.
+        """Latents ``[B, C, h, w]``, at least float32, with class numbers and captions.
 
         Those of the role ``concept`` are standard normal noise, a function of the task's seed and the id; their target
         is the forgotten class that the caption names, or -1.
@@ -274,7 +275,7 @@ class TextToImageTask(DrawingTask):
             else:  # another image every epoch: nothing to keep
                 with torch.no_grad(), lent(self.parts.vae, device) as vae:
                     x = encode(vae, self.data.augment(images.images(ids), ids, augment).to(device))
-        x = x.to(device, self._dtype())
+        x = x.to(device, torch.promote_types(self._dtype(), torch.float32))
         return CaptionedBatch(x, targets.to(device), ids, role, is_forget, captions=captions)
 
     def wrong_target(self, batch: Batch, *, key: int, exclude_true: bool = True) -> Tensor:

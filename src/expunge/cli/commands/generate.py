@@ -47,11 +47,18 @@ def generate(
     """Draw images for prompts into folders that a killed run continues, with equal noise before and after patches."""
     from expunge.cli.show import say
     from expunge.diffusion.generate import drawing_facts, generate_files, read_prompts
+    from expunge.diffusion.image_folder import ImageFolder
     from expunge.errors import ConfigError
-    from expunge.patch import Patch, apply
+    from expunge.files import check_writable
+    from expunge.guards import check_device
+    from expunge.patch import Patch, apply, revert
 
     if not original and not patch:
         raise ConfigError("--no-original without a --patch leaves nothing to draw")
+    if batch_size < 1:
+        raise ConfigError(f"--batch-size {batch_size}: at least one image at a time")
+    check_device(device)
+    check_writable(output)
     asks = read_prompts(prompts).drawn(images, limit)
     patches = [Patch.load(p) for p in patch or ()]
     if model.endswith((".yaml", ".yml")):
@@ -61,14 +68,26 @@ def generate(
         spec = {"name": model, "dtype": dtype, "sampler": sampler, "revision": revision}
         task = _from_pipeline(spec, steps, guidance, side, batch_size)
     task.model.to(device)
-    for name, wanted in ((ORIGINAL, original), (ERASED, bool(patches))):
-        if not wanted:
-            continue
+    facts: dict[str, dict[str, Any]] = {}
+    if patches:  # patches and folders that do not fit are refused before the first image
+        apply(task.model, *patches)
+        facts[ERASED] = drawing_facts(task) | {"patches": [p.digest for p in patches]}
+        revert(task.model)
+    if original:
+        facts[ORIGINAL] = drawing_facts(task) | {"patches": []}
+    names = [n for n in (ORIGINAL, ERASED) if n in facts]
+    for name in names:
+        ImageFolder(output / name, asks, facts[name])
+    for name in names:
         if name == ERASED:
             apply(task.model, *patches)
-        facts = drawing_facts(task) | {"patches": [p.digest for p in patches] if name == ERASED else []}
         made = generate_files(
-            task.sample, asks, output / name, batch_size=batch_size, facts=facts, progress=progress and _is_terminal()
+            task.sample,
+            asks,
+            output / name,
+            batch_size=batch_size,
+            facts=facts[name],
+            progress=progress and _is_terminal(),
         )
         say(f"{name}: {len(made)} images in {output / name}")
 

@@ -37,9 +37,11 @@ def judge(
     from expunge.config.judging import JudgingConfig
     from expunge.diffusion.generate import progress_bar
     from expunge.experiment import save_report
+    from expunge.files import check_writable
     from expunge.judging import ask_question, judge_folder
 
     settings = load_config(JudgingConfig, config)
+    check_writable(output)
     question = ask_question(settings, folder, prompts, forget or (), images)
     shown = progress and _is_terminal()
     report = judge_folder(
