@@ -33,6 +33,7 @@ from expunge.data.canvas import FORMS, N_COMBINATIONS, canvas_captions, draw_par
 from expunge.data.canvas_draw import SHAPES, STYLES
 from expunge.data.captions import CaptionedImages
 from expunge.diffusion.canvas import GUIDANCE, STEPS, CanvasPrompt, canvas_prompts, load_canvas_pipeline
+from expunge.diffusion.sample import stable_diffusion_scheduler
 from expunge.models.canvas_judge import judged, load_judge
 from expunge.models.clip import ClipSpec, load_clip
 from expunge.models.pipelines import TextToImage
@@ -133,20 +134,6 @@ def build_unet() -> Any:
     )
 
 
-def build_scheduler() -> Any:
-    """The noise schedule of Stable Diffusion 1.x, sampled by DDIM."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def text_half() -> tuple[Any, Any]:
     """The text tower and the tokenizer of the CLIP in the package."""
     from transformers import CLIPTextModel
@@ -220,7 +207,7 @@ def train_unet(latents: Tensor, states: Tensor, chosen: Tensor, steps: int, seed
     Row 0 of the states is the empty text. Returns the moving average of the weights.
     """
     rng.seed_everything(rng.key(seed, "canvas U-Net"))
-    unet, scheduler = build_unet(), build_scheduler()
+    unet, scheduler = build_unet(), stable_diffusion_scheduler()
     averaged = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(0.995))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
@@ -254,7 +241,7 @@ def save(folder: Path, *, vae: Any, unet: Any, text_encoder: Any, tokenizer: Any
     pipeline: Any = StableDiffusionPipeline(
         **{name: copy.deepcopy(model).half() for name, model in halves.items()},
         tokenizer=tokenizer,
-        scheduler=build_scheduler(),
+        scheduler=stable_diffusion_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -13,6 +13,7 @@ from expunge.errors import CapabilityError, ConfigError, DivergedError, Invarian
 from expunge.patch.changes import Change, Replace, accumulate_dtype
 from expunge.recipe import Recipe
 from expunge.registry import registry
+from expunge.restore import bits
 from expunge.spaces.base import OpenSpace
 from expunge.tasks.base import Split, Task
 
@@ -164,8 +165,7 @@ def check_masked(space: OpenSpace) -> None:
         mask = space.mask(name)
         if mask is None:
             continue
-        kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[parameter.element_size()]
-        moved = (parameter.detach().view(kind) != space.base[name].view(kind)) & ~mask.to(parameter.device)
+        moved = (bits(parameter) != bits(space.base[name])) & ~mask.to(parameter.device)
         if bool(moved.any()):
             raise InvariantError(f"{int(moved.sum())} masked weights of '{name}' moved; nothing was saved")
 

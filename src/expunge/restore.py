@@ -82,12 +82,17 @@ def as_found(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one type, shape and device hold the same bits; -0.0 is not 0.0."""
-    if a.dtype.is_complex:
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    if not a.dtype.is_floating_point:
-        return torch.equal(a, b)
-    kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
-    return torch.equal(a.detach().view(kind), b.view(kind))
+    return torch.equal(bits(a), bits(b))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor as integers of the same bits, without gradients; integers and truth values as they are."""
+    found = tensor.detach()
+    if found.dtype.is_complex:
+        found = torch.view_as_real(found)
+    if not found.dtype.is_floating_point:
+        return found
+    return found.view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[found.element_size()])
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from concept_runs import IDS, batch_of, context, put_back, train_a_little
+from concept_runs import IDS, batch_of, context, train_a_little
 from torch import Tensor
 
 from expunge import rng
@@ -20,18 +19,6 @@ from expunge.method import build_recipe
 from expunge.methods._ablation import AblatingConcepts
 from expunge.methods._anchors import sources
 from expunge.schedule import Paired
-from expunge.tasks.tiny_text_to_image import tiny_text_to_image
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    return tiny_text_to_image()
-
-
-@pytest.fixture
-def task(shared: Any) -> Iterator[Any]:
-    with put_back(shared):
-        yield shared
 
 
 def test_the_same_name_for_concept_and_anchor_is_no_loss(task: Any) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from concept_runs import REQUEST, context, put_back
+from concept_runs import REQUEST, context
 
 from expunge.diffusion.parameter_sets import select
 from expunge.digest import model_digest
@@ -45,17 +44,6 @@ SETS = {
 def short(name: str, steps: int = 3, lr: float = 1e-3) -> Recipe:
     recipe = build_recipe({"method": name.split()[0], **METHODS[name]})
     return recipe.replace(optim={"max_steps": steps, "epochs": steps, "lr": lr})
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    return tiny_text_to_image()
-
-
-@pytest.fixture
-def task(shared: Any) -> Iterator[Any]:
-    with put_back(shared):
-        yield shared
 
 
 @pytest.mark.parametrize("name", METHODS)

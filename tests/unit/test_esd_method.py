@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from concept_runs import IDS, batch_of, context, put_back, train_a_little
+from concept_runs import IDS, batch_of, context, train_a_little
 from torch import Tensor
 
 from expunge import rng
@@ -19,18 +18,6 @@ from expunge.diffusion.process import draw_noise
 from expunge.errors import ConfigError
 from expunge.methods.esd import ESD
 from expunge.schedule import Paired
-from expunge.tasks.tiny_text_to_image import tiny_text_to_image
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    return tiny_text_to_image()
-
-
-@pytest.fixture
-def task(shared: Any) -> Iterator[Any]:
-    with put_back(shared):
-        yield shared
 
 
 def predictions(task: Any, batch: Any, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

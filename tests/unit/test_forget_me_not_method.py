@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from concept_runs import REQUEST, batch_of, context, put_back, train_a_little
+from concept_runs import REQUEST, batch_of, context, train_a_little
 from torch import Tensor
 
 from expunge.diffusion.attention_maps import cross_attention_maps, uniform_norm
@@ -18,18 +17,6 @@ from expunge.method import build_recipe
 from expunge.methods.forget_me_not import ForgetMeNot
 from expunge.request import ForgetRequest
 from expunge.run import unlearn
-from expunge.tasks.tiny_text_to_image import tiny_text_to_image
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    return tiny_text_to_image()
-
-
-@pytest.fixture
-def task(shared: Any) -> Iterator[Any]:
-    with put_back(shared):
-        yield shared
 
 
 def without_keys(task: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from concept_runs import REQUEST, batch_of, context, put_back
+from concept_runs import REQUEST, batch_of, context
 from torch import Tensor
 
 from expunge.diffusion import inversion as pure
@@ -25,17 +24,6 @@ from expunge.run import unlearn
 from expunge.tasks.tiny_text_to_image import tiny_text_to_image
 
 SHORT = Inversion(tokens=2, steps=3)
-
-
-@pytest.fixture(scope="module")
-def shared() -> Any:
-    return tiny_text_to_image()
-
-
-@pytest.fixture
-def task(shared: Any) -> Iterator[Any]:
-    with put_back(shared):
-        yield shared
 
 
 def short(steps: int = 3, **settings: Any) -> Recipe:

@@ -75,7 +75,7 @@ def scatter(projection: Projection, ranges: Sequence[tuple[float, float]], *, az
                 tint: Any = palette[e.labels.numpy()[chosen]]
                 axis.scatter(*projection.points[chosen].T, c=tint, s=size, edgecolors=edge, linewidths=0.7, alpha=0.85)
         axis.scatter(*projection.prototypes.T, c=colours, marker="X", s=130, edgecolors="black", linewidths=1.1)
-        for which, ends in zip("xyz", ranges, strict=False):
+        for which, ends in zip("xyz"[:k], ranges, strict=True):
             getattr(axis, f"set_{which}lim")(*ends)
             getattr(axis, f"set_{which}ticklabels")([])
         if k == 3:

@@ -98,7 +98,7 @@ class PromptFile:
         """
         if limit is not None and limit < 1:
             raise ConfigError(f"the limit is {limit}; at least one prompt is needed")
-        rows = zip(self.asks[:limit], self.images, strict=False)
+        rows = zip(self.asks[:limit], self.images[:limit], strict=True)
         return [one for ask, own in rows for one in repeated([ask], own if images is None else images)]
 
 

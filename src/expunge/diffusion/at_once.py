@@ -33,8 +33,9 @@ from expunge.request import Concept, ForgetRequest
 from expunge.run import execute
 from expunge.schedule import Step
 from expunge.spaces.base import OpenSpace, Space
-from expunge.spaces.concept_shift import CODE, COMMIT, PAPER, ConceptShift, OpenShift, attached_to, beside, text_task
+from expunge.spaces.concept_shift import CODE, COMMIT, PAPER, ConceptShift, OpenShift, attached_to, beside
 from expunge.tasks.base import Batch, Split
+from expunge.tasks.diffusion import text_task
 from expunge.tasks.text_to_image import TextToImageTask
 
 #: Where a patch's findings say with what its concept was trained.

@@ -187,6 +187,22 @@ def place(image: Tensor, key: int, latent_side: int, *, probability: float = 2 /
     return Placed(canvas, mask, prefix)
 
 
+def one_place(text: str, key: str, what: str) -> str:
+    """A prompt with one place to fill in.
+
+    Args:
+        text: Holds ``{}``.
+        key: Name of the setting, for the message.
+        what: What goes there.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    if text.count("{}") != 1:
+        raise ValueError(f"'{key}' holds {{}} once, where {what}, not {text!r}")
+    return text
+
+
 def choose(options: Sequence[T], key: int, stream: int = 0) -> T:
     """One of the options, uniformly."""
     return options[int(rng.randint(key, torch.zeros(1, dtype=torch.int64), len(options), stream))]

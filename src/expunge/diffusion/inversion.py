@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from expunge.diffusion.captions import one_place
 from expunge.diffusion.forget_me_not import pulled, token_positions
 from expunge.diffusion.parameter_sets import token_tables
 from expunge.errors import CapabilityError, ConfigError, DivergedError, RequestError
@@ -49,9 +50,7 @@ class Inversion(Frozen):
     @field_validator("template")
     @classmethod
     def _one_place(cls, value: str) -> str:
-        if value.count("{}") != 1:
-            raise ValueError(f"'template' holds {{}} once, where the new tokens go, not {value!r}")
-        return value
+        return one_place(value, "template", "the new tokens go")
 
     @model_validator(mode="after")
     def _as_many(self) -> Inversion:

@@ -61,3 +61,17 @@ def guided(
             found = without + guidance * (with_prompt - without)
         x = own.step(found, t, x, **options).prev_sample
     return x
+
+
+def stable_diffusion_scheduler() -> Any:
+    """The noise levels of Stable Diffusion 1.x, sampled by DDIM."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

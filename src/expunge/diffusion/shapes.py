@@ -62,10 +62,10 @@ class Shape:
             from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
         except ImportError:
             raise CapabilityError(f"this needs diffusers and transformers: {INSTALL}") from None
-        kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+        kinds = (CLIPTextModel, CLIPTextModelWithProjection)[: len(self.text)]
         with quiet(), torch.device("meta"):
             unet: Any = UNet2DConditionModel(**_own(self.unet))
-            encoders = [kind(CLIPTextConfig(**_own(c))) for kind, c in zip(kinds, self.text, strict=False)]
+            encoders = [kind(CLIPTextConfig(**_own(c))) for kind, c in zip(kinds, self.text, strict=True)]
         return TextToImage(unet.eval(), *encoders).eval()
 
 

@@ -21,7 +21,7 @@ from expunge.diffusion.latents import decode, encode, lent
 from expunge.diffusion.teacher import Teacher
 from expunge.errors import ConfigError
 from expunge.methods._anchors import Anchors, anchors
-from expunge.methods._concepts import captions_of, concept_names, encoded, text_task, trains_text
+from expunge.methods._concepts import captions_of, concept_names, encoded, trains_text
 from expunge.models.clip import ClipSpec
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
@@ -30,6 +30,7 @@ from expunge.restore import evaluating
 from expunge.schedule import Paired, Schedule
 from expunge.tasks.base import Batch
 from expunge.tasks.concepts import plain
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask

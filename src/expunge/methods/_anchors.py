@@ -22,9 +22,10 @@ from expunge.diffusion.process import draw_noise
 from expunge.diffusion.sample import guided
 from expunge.digest import json_digest
 from expunge.errors import ConfigError, DataError, RequestError
-from expunge.methods._concepts import encoded, of_nothing, text_task
+from expunge.methods._concepts import encoded, of_nothing
 from expunge.restore import evaluating
 from expunge.tasks.concepts import plain
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.methods._ablation import AblatingConcepts

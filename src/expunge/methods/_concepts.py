@@ -11,21 +11,11 @@ from torch import Tensor
 from expunge.context import Context
 from expunge.errors import CapabilityError
 from expunge.recipe import Optim
-from expunge.tasks.base import Batch, Task
+from expunge.tasks.base import Batch
 from expunge.tasks.concepts import plain
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import CaptionedBatch, TextToImageTask
-
-
-def text_task(task: Task, who: str) -> TextToImageTask:
-    """The task as one that turns prompts into images.
-
-    Raises:
-        CapabilityError: It is another one.
-    """
-    task.require(frozenset({"diffusion", "text"}), who)
-    return cast("TextToImageTask", task)
 
 
 def encoded(task: TextToImageTask, prompts: Sequence[str]) -> Tensor:

@@ -19,9 +19,9 @@ from expunge.diffusion.forget_me_not import initial_rows
 from expunge.diffusion.generate import progress_bar
 from expunge.digest import tensor_digest
 from expunge.errors import RequestError
-from expunge.methods._concepts import text_task
 from expunge.schedule import Paired
 from expunge.tasks.base import TRAIN_ROLES
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask

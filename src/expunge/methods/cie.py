@@ -19,7 +19,8 @@ from expunge.recipe import Optim, Recipe
 from expunge.registry import Info
 from expunge.schedule import Paired
 from expunge.spaces.base import DirectSpace, OpenSpace, Space
-from expunge.spaces.concept_shift import CODE, COMMIT, PAPER, prefix_of, text_task
+from expunge.spaces.concept_shift import CODE, COMMIT, PAPER, prefix_of
+from expunge.tasks.diffusion import text_task
 
 #: Rate of the paper; the code's default is 1e-6.
 OPTIM = Optim(name="adam", lr=1e-5, weight_decay=0.0, epochs=1000, max_steps=1000)

@@ -15,7 +15,7 @@ from expunge.diffusion.process import Eps, draw_noise
 from expunge.diffusion.teacher import Teacher
 from expunge.errors import ConfigError
 from expunge.method import method
-from expunge.methods._concepts import captions_of, encoded, of_nothing, text_task, with_recipe
+from expunge.methods._concepts import captions_of, encoded, of_nothing, with_recipe
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
 from expunge.recipe import Optim, Recipe
@@ -24,6 +24,7 @@ from expunge.restore import evaluating
 from expunge.schedule import Paired, Schedule
 from expunge.spaces.unet_set import UNetSet
 from expunge.tasks.base import Batch
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask

@@ -14,11 +14,12 @@ from expunge import rng
 from expunge.context import Context
 from expunge.diffusion import forget_me_not as pure
 from expunge.diffusion.attention_maps import AttentionMap, cross_attention_maps
+from expunge.diffusion.captions import one_place
 from expunge.diffusion.inversion import Inversion
 from expunge.diffusion.process import draw_noise, draw_times
 from expunge.errors import ConfigError, RequestError
 from expunge.method import method
-from expunge.methods._concepts import concept_names, encoded, name_ids, of_nothing, text_task, with_recipe
+from expunge.methods._concepts import concept_names, encoded, name_ids, of_nothing, with_recipe
 from expunge.methods._inversion import inverted
 from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
@@ -29,6 +30,7 @@ from expunge.schedule import Paired, Schedule
 from expunge.spaces.unet_set import UNetSet
 from expunge.tasks.base import Batch
 from expunge.tasks.concepts import plain
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask
@@ -97,9 +99,7 @@ class ForgetMeNot(Objective):
     @field_validator("prompt")
     @classmethod
     def _names(cls, value: str) -> str:
-        if value.count("{}") != 1:
-            raise ValueError(f"'prompt' holds {{}} once, where the name goes, not {value!r}")
-        return value
+        return one_place(value, "prompt", "the name goes")
 
     @model_validator(mode="after")
     def _fit(self) -> ForgetMeNot:
@@ -157,7 +157,7 @@ class ForgetMeNot(Objective):
                 if role == "concept":
                     batch = replace(batch, inputs=torch.zeros_like(batch.inputs))
                 x_t, t, _ = task.drawn(batch)
-                for name, one in zip((role, "words"), asked, strict=False):
+                for name, one in zip((role, "words")[: len(asked)], asked, strict=True):
                     with cross_attention_maps(task.unet) as maps:
                         task.eps(x_t, t, one.states(which))
                     terms[name] = Term(self._values(task, maps, one.positions[which]), role)

@@ -16,7 +16,7 @@ from expunge.diffusion.asks import Ask, repeated
 from expunge.edits.base import Edit
 from expunge.errors import CapabilityError, NoEffectError
 from expunge.method import method
-from expunge.methods._concepts import concept_names, text_task
+from expunge.methods._concepts import concept_names
 from expunge.methods._uce import CODE, PAPER, cross_maps, prompt_states
 from expunge.part import part
 from expunge.patch.changes import Change
@@ -25,6 +25,7 @@ from expunge.registry import Info
 from expunge.spaces.base import OpenSpace
 from expunge.spaces.unet_set import UNetSet
 from expunge.tasks.concepts import plain
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask

@@ -8,7 +8,7 @@ the images' own size beside the published 64 pixels; every mean has an interval.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -104,7 +104,7 @@ def paired_distances(
     _same_shape(a, b)
     found = []
     with torch.no_grad():
-        for x, y in zip(unit_pixels(a).split(chunk), unit_pixels(b).split(chunk), strict=True):
+        for x, y in _pairs(a, b, chunk):
             part = distance(resized(x, size), resized(y, size))
             if part.shape != (len(x),):
                 raise DataError(f"perceptual distance: [{len(x)}] expected, got {list(part.shape)}")
@@ -160,7 +160,7 @@ def style_content(maps: Maps, a: Tensor, b: Tensor, *, chunk: int = 16) -> tuple
     _same_shape(a, b)
     style, content = [], []
     with torch.no_grad():
-        for x, y in zip(unit_pixels(a).split(chunk), unit_pixels(b).split(chunk), strict=True):
+        for x, y in _pairs(a, b, chunk):
             p, q = ([m.double() for m in maps(z)] for z in (x, y))
             if len(p) <= _CONTENT:
                 raise DataError(f"style loss: maps of five convolutions expected, got {len(p)}")
@@ -220,6 +220,12 @@ def pair_max(before: Tensor, after: Tensor, *, note: str = "") -> Estimate:
     _same_shape(before, after)
     value = max(int((a.int() - b.int()).abs().max()) for a, b in zip(before.split(64), after.split(64), strict=True))
     return Estimate(value, n=len(before), method="maximum over all pixels, exact", note=note)
+
+
+def _pairs(a: Tensor, b: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images in [0, 1], piece by piece: as floating-point numbers they take four times their room."""
+    for x, y in zip(a.split(chunk), b.split(chunk), strict=True):
+        yield unit_pixels(x), unit_pixels(y)
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

@@ -21,8 +21,9 @@ from expunge.objectives.base import LossFn, Objective, Term
 from expunge.part import part
 from expunge.registry import Info
 from expunge.schedule import Schedule, Single
-from expunge.spaces.concept_shift import CODE, COMMIT, PAPER, attached_to, text_task
+from expunge.spaces.concept_shift import CODE, COMMIT, PAPER, attached_to
 from expunge.tasks.base import Batch
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask

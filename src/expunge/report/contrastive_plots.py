@@ -91,17 +91,17 @@ def search(section: ContrastiveSection) -> str | None:
     from expunge.report.model import clean
 
     chosen = {c["layer"] for c in section.findings.get("chosen", ())}
-    across = min(3, len(shown))
-    down = -(-len(shown) // across)
+    n, across = len(shown), min(3, len(shown))
+    down = -(-n // across)
     rows = [max(len(s["probes"]) for s in shown[i * across : (i + 1) * across]) for i in range(down)]
     with style("search"):
         figure = make_figure(9.4, sum(1.2 + 0.19 * n for n in rows))
         widths, heights = [1, 0.45] * across, [3 + n for n in rows]
         grid = figure.subplots(down, 2 * across, squeeze=False, height_ratios=heights, width_ratios=widths)
         panels, sides = grid[:, ::2], grid[:, 1::2]  # every panel has a column of figures at its right
-        for axis in (*sides.flat, *panels.flat[len(shown) :]):
+        for axis in (*sides.flat, *panels.flat[n:]):
             axis.set_axis_off()
-        for k, (axis, side, s) in enumerate(zip(panels.flat, sides.flat, shown, strict=False)):
+        for k, (axis, side, s) in enumerate(zip(panels.flat[:n], sides.flat[:n], shown, strict=True)):
             alphas, order = [p["alpha"] for p in s["probes"]], range(1, len(s["probes"]) + 1)
             axis.plot(alphas, order, color="#c3c9d0", lw=1.2, zorder=1)
             for y, p in zip(order, s["probes"], strict=True):

@@ -8,6 +8,7 @@ import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -79,7 +80,7 @@ class Histogram:
     edges: tuple[float, ...] = EDGES
 
     def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False))
+        rising = all(a < b for a, b in pairwise(self.edges))
         if len(self.edges) != len(self.counts) + 1 or len(self.counts) < 2 or not rising or min(self.counts) < 0:
             raise DataError("histogram: counts and ascending edges do not fit")
 

@@ -134,7 +134,7 @@ class SamplesSection:
     def about(self) -> str:
         """The outcome in one sentence, or nothing if it was not measured."""
         parts = []
-        for name, m in zip(self.columns, self.metrics, strict=False):
+        for name, m in zip(self.columns, self.metrics or [{}] * len(self.columns), strict=True):
             ua = m.get("gen_ua")
             if ua is not None and ua.value is not None:
                 shown = round(ua.n * (100 - ua.value) / 100)

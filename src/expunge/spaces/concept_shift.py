@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,7 +31,7 @@ from expunge.part import part
 from expunge.patch.changes import Change, accumulate_dtype
 from expunge.registry import Info
 from expunge.spaces.base import OpenSpace, Space
-from expunge.tasks.base import Task
+from expunge.tasks.diffusion import text_task
 
 if TYPE_CHECKING:
     from expunge.tasks.text_to_image import TextToImageTask
@@ -158,16 +158,6 @@ class OpenShift(OpenSpace):
     def close(self) -> None:
         """Take the shift off the U-Net."""
         self._at_work.close()
-
-
-def text_task(task: Task, who: str) -> TextToImageTask:
-    """The task as one that turns prompts into images.
-
-    Raises:
-        CapabilityError: It is another one.
-    """
-    task.require(frozenset({"diffusion", "text"}), who)
-    return cast("TextToImageTask", task)
 
 
 def prefix_of(model: nn.Module, unet: nn.Module) -> str:

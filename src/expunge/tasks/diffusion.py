@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from expunge.diffusion.process import Process, draw_noise, draw_times
 from expunge.errors import RequestError
 from expunge.restore import evaluating
 from expunge.tasks.base import Batch, Task
+
+if TYPE_CHECKING:
+    from expunge.tasks.text_to_image import TextToImageTask
 
 
 class DiffusionTask(Task):
@@ -104,3 +107,13 @@ class DiffusionTask(Task):
 
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.unet.parameters() if p.is_floating_point()), torch.float32)
+
+
+def text_task(task: Task, who: str) -> TextToImageTask:
+    """The task as one that turns prompts into images.
+
+    Raises:
+        CapabilityError: It is another one.
+    """
+    task.require(frozenset({"diffusion", "text"}), who)
+    return cast("TextToImageTask", task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from expunge.data import DataSpec, load_data
 from expunge.data.base import Splits
-from expunge.models.class_judge import ClassJudge, train_judge
+from expunge.models.class_judge import train_judge
 from expunge.models.ddpm import DdpmSpec, build_ddpm
 from expunge.objectives.cross_entropy import FineTune
 from expunge.patch.apply import apply, settle
@@ -18,11 +18,6 @@ from expunge.tasks.tiny import tiny_images
 #: 0.70 million weights; a network of 50 thousand for tests.
 DIGITS, TOY = DdpmSpec(), DdpmSpec(classes=4, widths=(16, 32), groups=4, heads_of=None)
 RATE, BATCH, DECAY = 2e-3, 64, 0.995
-
-
-def digit_judge(seed: int = 0, *, cache: bool = True) -> ClassJudge:
-    """The judge of drawn digits, see :func:`~expunge.models.class_judge.train_judge`."""
-    return train_judge(load_data(DataSpec(name="digits")), seed, cache=cache)
 
 
 def ddpm_training(steps: int, samples: int, *, lr: float = RATE, decay: float = DECAY) -> Recipe:

@@ -9,6 +9,7 @@ import torch
 
 import expunge
 from expunge.data.canvas import canvas
+from expunge.diffusion.sample import stable_diffusion_scheduler
 from expunge.errors import CapabilityError
 from expunge.metrics.judge import canvas_judge
 from expunge.models.pipelines import INSTALL, Parts, check_parts
@@ -88,14 +89,7 @@ def tiny_parts(
                 for parameter in model.parameters():
                     if parameter.ndim == 1:
                         parameter += 0.02 * torch.randn_like(parameter)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = stable_diffusion_scheduler()
     parts = Parts(
         unet.eval(),
         encoder.eval(),
